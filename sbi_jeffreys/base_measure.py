@@ -1,0 +1,219 @@
+r"""Base measures $b(\theta)$ of the energy-based proxy, and how they end.
+
+The proxy is $q(\theta \mid x) = b(\theta) \exp f(\theta, x) / Z(x)$. With the prior as
+$b$ it has the prior's shape and support, and $\exp f$ is a likelihood-to-evidence
+ratio; with the Lebesgue measure it is the plain energy-based model of the paper.
+"""
+
+import warnings
+from abc import ABC, abstractmethod
+from typing import Callable, Optional
+
+import torch
+from sbi.utils.sbiutils import ImproperEmpirical, within_support
+from torch import Tensor
+from torch.distributions import Distribution, MultivariateNormal, constraints
+
+
+class BaseMeasure(ABC):
+    r"""A base measure $b(\theta)$ and a distribution that covers it.
+
+    Args:
+        reference: Distribution whose samples cover the support of the measure. It is
+            the second proposal, beside the flow, of the partition function.
+        theta: Parameters of the simulations, of shape `(batch_dim, *input_shape)`.
+            Their spread is the unit of distance beyond the support.
+    """
+
+    def __init__(self, reference: Distribution, theta: Tensor) -> None:
+        self.reference = reference
+        scale = theta.std(0) if len(theta) > 1 else torch.ones_like(theta[0])
+        self.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        self.center = theta.mean(0)
+
+    @abstractmethod
+    def _log_prob_inside(self, theta: Tensor) -> Tensor:
+        r"""Return $\log b(\theta)$ for parameters inside the support."""
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        r"""Return $\log b(\theta)$, and $-\infty$ outside the support.
+
+        Args:
+            theta: Parameters of shape `(*batch_shape, *input_shape)`.
+
+        Returns:
+            Log density of shape `batch_shape`.
+        """
+        return self._inside_only(self._log_prob_inside, theta)
+
+    def sample(self, num_samples: int, batch_dim: int) -> Tensor:
+        """Return samples of the reference, `(num_samples, batch_dim, *input_shape)`."""
+        theta = self.reference.sample(torch.Size((num_samples * batch_dim,)))
+        return theta.reshape(num_samples, batch_dim, -1).to(self.scale)
+
+    def reference_log_prob(self, theta: Tensor) -> Tensor:
+        r"""Return the log density of the reference, $-\infty$ outside its support.
+
+        Args:
+            theta: Parameters of shape `(*batch_shape, *input_shape)`.
+
+        Returns:
+            Log density of shape `batch_shape`.
+        """
+        return self._inside_only(self.reference.log_prob, theta)
+
+    def _inside_only(
+        self, log_prob: Callable[[Tensor], Tensor], theta: Tensor
+    ) -> Tensor:
+        # A prior may answer NaN, or raise, outside its support.
+        flat = theta.reshape(-1, theta.shape[-1])
+        inside = within_support(self.reference, flat)
+        if inside.all():
+            return log_prob(flat).reshape(theta.shape[:-1])
+        result = flat.new_full((len(flat),), -torch.inf)
+        result[inside] = log_prob(flat[inside])
+        return result.reshape(theta.shape[:-1])
+
+    def extended_log_prob(self, theta: Tensor, slope: float = 10.0) -> Tensor:
+        r"""Return $\log b$ at the nearest point of the support, less what it costs.
+
+        .. math:: \log b(c(\theta)) - s \, \lVert (\theta - c(\theta)) / \sigma
+            \rVert_1
+
+        with $c(\theta)$ the nearest point inside and $\sigma$ the spread of the
+        simulated parameters. It is $\log b(\theta)$ inside, finite everywhere, and its
+        gradient outside points back: what leaks beyond the prior costs the flow.
+        Where the support is not a box, the way back leads to the mean.
+
+        Args:
+            theta: Parameters of shape `(*batch_shape, *input_shape)`.
+            slope: Cost $s$ in nats of one standard deviation beyond the support.
+
+        Returns:
+            Extended log density of shape `batch_shape`.
+        """
+        flat = theta.reshape(-1, theta.shape[-1])
+        clamped = self.nearest_inside(flat.detach())
+        inside = within_support(self.reference, flat.detach())
+        # Inside the gradient is that of log b itself; outside that of the cost.
+        point = torch.where(inside.unsqueeze(-1), flat, clamped)
+        beyond = ((flat - clamped) / self.scale).abs().sum(-1)
+        log_b = self._log_prob_inside(point)
+        log_b = log_b - slope * torch.where(inside, torch.zeros_like(beyond), beyond)
+        return log_b.reshape(theta.shape[:-1])
+
+    def nearest_inside(self, theta: Tensor) -> Tensor:
+        """Return the nearest point of the support, of the shape of `theta`."""
+        bounds = _box_bounds(self.reference)
+        if bounds is not None:
+            low, high = bounds
+            # A step inside: uniform densities exclude their upper bound.
+            step = 1e-6 * self.scale
+            return torch.minimum(torch.maximum(theta, low + step), high - step)
+        inside = within_support(self.reference, theta).unsqueeze(-1)
+        return torch.where(inside, theta, self.center.expand_as(theta))
+
+    def to(self, device: str | torch.device) -> "BaseMeasure":
+        """Move to `device` and return self."""
+        if hasattr(self.reference, "to"):
+            moved = self.reference.to(device)  # type: ignore[attr-defined]
+            self.reference = self.reference if moved is None else moved
+        self.scale, self.center = self.scale.to(device), self.center.to(device)
+        return self
+
+
+class PriorMeasure(BaseMeasure):
+    r"""The prior as base measure, $b = p_0$."""
+
+    def _log_prob_inside(self, theta: Tensor) -> Tensor:
+        return _differentiable_log_prob(self.reference, theta, self.scale)
+
+
+class LebesgueMeasure(BaseMeasure):
+    r"""The Lebesgue measure on the support of the reference, $b = 1$."""
+
+    def _log_prob_inside(self, theta: Tensor) -> Tensor:
+        return theta.new_zeros(len(theta))
+
+
+def make_base_measure(
+    name: str, prior: Optional[Distribution], theta: Tensor
+) -> BaseMeasure:
+    """Return the base measure called `name`.
+
+    Without a proper prior only the Lebesgue measure is possible. Its reference is
+    then a Gaussian with the mean and twice the spread of the simulated parameters.
+
+    Args:
+        name: `"prior"` or `"lebesgue"`.
+        prior: The prior; `None` or sbi's `ImproperEmpirical` where none was given.
+        theta: Parameters of the simulations, of shape `(batch_dim, *input_shape)`.
+
+    Returns:
+        The base measure.
+
+    """
+    if prior is None or isinstance(prior, ImproperEmpirical):
+        if name == "prior":
+            warnings.warn(
+                "No prior was given, so the proxy takes the Lebesgue measure as its "
+                "base measure instead of the prior. Pass a prior to JeffreysNPE for a "
+                "proxy with the prior's support.",
+                stacklevel=2,
+            )
+        spread = torch.atleast_2d(torch.cov(theta.T))
+        jitter = 1e-6 * spread.diagonal().mean().clamp_min(1e-12)
+        reference = MultivariateNormal(
+            theta.mean(0),
+            4 * spread + jitter * torch.eye(theta.shape[-1], device=theta.device),
+            validate_args=False,
+        )
+        return LebesgueMeasure(reference, theta)
+    measure = PriorMeasure if name == "prior" else LebesgueMeasure
+    return measure(prior, theta)
+
+
+def _box_bounds(distribution: Distribution) -> Optional[tuple[Tensor, Tensor]]:
+    """Return lower and upper bounds of a support that is a box, else None."""
+    try:
+        constraint = distribution.support
+    except (NotImplementedError, AttributeError):
+        return None
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    low = getattr(constraint, "lower_bound", None)
+    high = getattr(constraint, "upper_bound", None)
+    if low is None and high is None:
+        return None
+    low = torch.as_tensor(-torch.inf if low is None else low)
+    high = torch.as_tensor(torch.inf if high is None else high)
+    return low, high
+
+
+def _differentiable_log_prob(
+    distribution: Distribution, theta: Tensor, scale: Tensor
+) -> Tensor:
+    """Return the log density, with a gradient also where the distribution has none.
+
+    Priors that sbi wraps from scipy leave torch. Their gradient is taken by central
+    differences, written as a term that is zero in value.
+    """
+    if not (torch.is_grad_enabled() and theta.requires_grad):
+        return distribution.log_prob(theta)
+    try:
+        return distribution.log_prob(theta)
+    except RuntimeError:  # "Can't call numpy() on Tensor that requires grad."
+        pass
+    point = theta.detach()
+    log_prob = distribution.log_prob(point)
+    steps = torch.diag(1e-3 * scale)
+    gradient = torch.stack(
+        [
+            (distribution.log_prob(point + step) - distribution.log_prob(point - step))
+            / (2 * step.sum())
+            for step in steps
+        ],
+        dim=-1,
+    )
+    gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+    return log_prob + (gradient * (theta - point)).sum(-1)

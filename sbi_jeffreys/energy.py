@@ -1,0 +1,285 @@
+r"""The proxy: a conditional energy-based model of the posterior.
+
+.. math:: q_\psi(\theta \mid x) = b(\theta) \exp f_\psi(\theta, x) / Z_\psi(x),
+    \qquad E = -f
+
+"""
+
+from typing import Callable, Literal, Optional, Protocol
+
+import torch
+from nflows.nn.nets.resnet import ResidualBlock
+from sbi.neural_nets.estimators import ConditionalDensityEstimator
+from sbi.neural_nets.net_builders.classifier import build_z_scored_embedding_net
+from sbi.utils.nn_utils import check_net_device, get_numel
+from sbi.utils.user_input_checks import check_data_device
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn import functional as F
+
+from sbi_jeffreys.base_measure import BaseMeasure, make_base_measure
+from sbi_jeffreys.flow import rsample_and_log_prob
+from sbi_jeffreys.partition import (
+    LogPartition,
+    estimate_log_partition,
+    log_mixture,
+)
+
+ZScore = Optional[Literal["independent", "structured", "none"]]
+
+
+class EnergyBuilder(Protocol):
+    """Builds the proxy from the first simulations, as `posterior_nn`'s builders do."""
+
+    def __call__(
+        self, theta: Tensor, x: Tensor, prior: Optional[Distribution]
+    ) -> "ConditionalEnergy":
+        """Build the proxy.
+
+        Args:
+            theta: Parameters of the simulations, for shapes and z-scoring.
+            x: Simulation outputs, likewise.
+            prior: The prior, `None` if none was given.
+
+        Returns:
+            The proxy.
+        """
+        ...
+
+
+class EnergyNet(nn.Module):
+    r"""Residual network for $f_\psi(\theta, x)$.
+
+    The condition enters the first layer and is embedded once for all parameters that
+    it is paired with. The last layer starts at zero, so that the proxy starts as its
+    base measure.
+
+    Args:
+        theta_numel: Number of parameters.
+        x_numel: Number of features of the embedded condition.
+        hidden_features: Width.
+        num_blocks: Number of residual blocks of two layers each.
+        activation: Activation function; smooth, since the flow learns from its slope.
+        dropout: Dropout probability within the blocks.
+        embedding_theta: Standardises the parameters.
+        embedding_x: Standardises and embeds the condition.
+    """
+
+    def __init__(
+        self,
+        theta_numel: int,
+        x_numel: int,
+        hidden_features: int,
+        num_blocks: int,
+        activation: Callable[[Tensor], Tensor],
+        dropout: float,
+        embedding_theta: nn.Module,
+        embedding_x: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.embedding_theta = embedding_theta
+        self.embedding_x = embedding_x
+        self.theta_layer = nn.Linear(theta_numel, hidden_features)
+        self.x_layer = nn.Linear(x_numel, hidden_features, bias=False)
+        self.blocks = nn.ModuleList([
+            ResidualBlock(
+                hidden_features,
+                context_features=None,
+                activation=activation,
+                dropout_probability=dropout,
+                zero_initialization=False,
+            )
+            for _ in range(num_blocks)
+        ])
+        self.activation = activation
+        self.final_layer = nn.Linear(hidden_features, 1)
+        nn.init.zeros_(self.final_layer.weight)
+        nn.init.zeros_(self.final_layer.bias)
+
+    def forward(self, theta: Tensor, x: Tensor) -> Tensor:
+        r"""Return $f_\psi(\theta, x)$ of shape `(sample_dim, batch_dim)`.
+
+        Args:
+            theta: Parameters of shape `(sample_dim, batch_dim, theta_numel)`.
+            x: Conditions of shape `(batch_dim, *condition_shape)`.
+        """
+        features_x = self.x_layer(self.embedding_x(x).flatten(1))
+        features = self.theta_layer(self.embedding_theta(theta)) + features_x
+        for block in self.blocks:
+            features = block(features)
+        return self.final_layer(self.activation(features)).squeeze(-1)
+
+
+class ConditionalEnergy(nn.Module):
+    r"""Energy-based model $q(\theta \mid x) = b(\theta) \exp f(\theta, x) / Z(x)$.
+
+    Args:
+        net: Network with `net(theta, x)` of shape `(sample_dim, batch_dim)`.
+        base: Base measure $b$.
+        input_shape: Event shape of the parameters.
+        condition_shape: Event shape of the conditions.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        base: BaseMeasure,
+        input_shape: torch.Size,
+        condition_shape: torch.Size,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.base = base
+        self.input_shape = input_shape
+        self.condition_shape = condition_shape
+
+    def forward(self, theta: Tensor, x: Tensor) -> Tensor:
+        r"""Return the negative energy $f(\theta, x)$.
+
+        Args:
+            theta: Parameters of shape `(sample_dim, batch_dim, *input_shape)`.
+            x: Conditions of shape `(batch_dim, *condition_shape)`.
+
+        Returns:
+            Of shape `(sample_dim, batch_dim)`.
+        """
+        return self.net(theta, x)
+
+    def log_unnormalized(self, theta: Tensor, x: Tensor) -> Tensor:
+        r"""Return $\log b(\theta) + f(\theta, x)$, $-\infty$ outside the support.
+
+        Args:
+            theta: Parameters of shape `(sample_dim, batch_dim, *input_shape)`.
+            x: Conditions of shape `(batch_dim, *condition_shape)`.
+
+        Returns:
+            Of shape `(sample_dim, batch_dim)`.
+        """
+        return self.base.log_prob(theta) + self(theta, x)
+
+    def log_partition(
+        self,
+        x: Tensor,
+        proposal: Optional[ConditionalDensityEstimator] = None,
+        num_samples: int = 1000,
+    ) -> LogPartition:
+        r"""Return an estimate of $\log Z(x)$ and its effective sample size.
+
+        Half the samples come from the proposal and half from the reference
+        distribution of the base measure (the prior), see `sbi_jeffreys.partition`.
+
+        Args:
+            x: Conditions of shape `(batch_dim, *condition_shape)`.
+            proposal: Flow to draw from; without it all samples are the reference's.
+            num_samples: Number of samples for every condition.
+
+        Returns:
+            The estimate; its `value` and `effective_sample_size` have shape
+            `(batch_dim,)`.
+        """
+        num_flow = num_samples // 2 if proposal is not None else 0
+        num_reference = num_samples - num_flow
+        batch_dim = len(x)
+        with torch.no_grad():
+            theta = self.base.sample(num_reference, batch_dim)
+            log_flow = torch.full(theta.shape[:2], -torch.inf).to(x)
+            if proposal is not None:
+                log_flow = proposal.log_prob(theta, x)
+                theta_flow, log_prob = rsample_and_log_prob(proposal, num_flow, x)
+                theta = torch.cat((theta_flow, theta))
+                log_flow = torch.cat((log_prob, log_flow))
+            log_proposal = log_mixture(
+                log_flow, self.base.reference_log_prob(theta), num_flow, num_reference
+            )
+        return estimate_log_partition(self.log_unnormalized(theta, x), log_proposal)
+
+    def log_prob(
+        self,
+        theta: Tensor,
+        x: Tensor,
+        proposal: Optional[ConditionalDensityEstimator] = None,
+        num_samples: int = 1000,
+    ) -> Tensor:
+        r"""Return $\log q(\theta \mid x)$ with an estimated partition function.
+
+        Args:
+            theta: Parameters of shape `(sample_dim, batch_dim, *input_shape)`.
+            x: Conditions of shape `(batch_dim, *condition_shape)`.
+            proposal: See `log_partition`.
+            num_samples: See `log_partition`.
+
+        Returns:
+            Of shape `(sample_dim, batch_dim)`.
+        """
+        log_partition = self.log_partition(x, proposal, num_samples).debiased
+        return self.log_unnormalized(theta, x) - log_partition
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        super()._apply(fn, recurse)
+        self.base.to(next(self.parameters()).device)
+        return self
+
+
+def energy_nn(
+    hidden_features: int = 64,
+    num_blocks: int = 3,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+    dropout: float = 0.0,
+    z_score_theta: ZScore = "independent",
+    z_score_x: ZScore = "independent",
+    embedding_net: nn.Module = nn.Identity(),
+    base_measure: Literal["prior", "lebesgue"] = "prior",
+) -> EnergyBuilder:
+    r"""Return a function that builds the energy-based proxy of the posterior.
+
+    It is to `JeffreysNPE(energy_estimator=...)` what `posterior_nn` is to
+    `density_estimator=...`.
+
+    Args:
+        hidden_features: Number of hidden features.
+        num_blocks: Number of residual blocks of two layers each.
+        activation: Activation function. The flow learns from the slope of the energy:
+            take a smooth one.
+        dropout: Dropout probability in the residual blocks.
+        z_score_theta: Whether to z-score parameters, as in `posterior_nn`:
+            `"independent"` for every dimension alone, `"structured"` for all
+            together, `"none"`.
+        z_score_x: Whether to z-score simulation outputs, likewise.
+        embedding_net: Embedding network for simulation outputs. Give the object that
+            `posterior_nn` was given to share it with the flow, or one of its own.
+        base_measure: Base measure $b(\theta)$. With `"prior"` the proxy has the
+            prior's support and shape; `"lebesgue"` is the plain energy-based model.
+
+    Returns:
+        Builder to be passed to `JeffreysNPE(energy_estimator=...)`.
+
+    Raises:
+        ValueError: If `base_measure` or a z-scoring option is unknown.
+    """
+    embedding_net = check_net_device(
+        embedding_net, "cpu", "The embedding net is moved to the CPU for building."
+    )
+    if base_measure not in ("prior", "lebesgue"):
+        raise ValueError(
+            f"base_measure must be 'prior' or 'lebesgue', got {base_measure!r}."
+        )
+
+    def build_fn(
+        theta: Tensor, x: Tensor, prior: Optional[Distribution]
+    ) -> ConditionalEnergy:
+        check_data_device(theta, x)
+        x_numel = get_numel(x, embedding_net=embedding_net)
+        net = EnergyNet(
+            theta_numel=theta[0].numel(),
+            x_numel=x_numel,
+            hidden_features=hidden_features,
+            num_blocks=num_blocks,
+            activation=activation,
+            dropout=dropout,
+            embedding_theta=build_z_scored_embedding_net(theta, z_score_theta),
+            embedding_x=build_z_scored_embedding_net(x, z_score_x, embedding_net),
+        )
+        base = make_base_measure(base_measure, prior, theta)
+        return ConditionalEnergy(net, base, theta[0].shape, x[0].shape)
+
+    return build_fn

@@ -1,0 +1,226 @@
+r"""The Jeffreys objective: three divergences and their Lagrangian.
+
+With the flow $p_\phi(\theta \mid x)$, the proxy $q_\psi(\theta \mid x)$ and the
+simulations $\pi(\theta, x)$,
+
+.. math::
+    D_1 &= \mathbb{E}_\pi[-\log p_\phi(\theta \mid x)]
+        & \text{forward KL of the flow, up to the entropy of } \pi \\
+    D_2 &= \mathbb{E}_x \mathbb{E}_{p_\phi}[\log p_\phi - \log q_\psi]
+        & \text{reverse KL of the flow to the proxy} \\
+    D_3 &= \mathbb{E}_\pi[-\log q_\psi(\theta \mid x)]
+        & \text{forward KL of the proxy, up to the same entropy}
+
+after O. Ben-Dov and L. F. O. Chamon, "Adaptive Symmetrization of the KL Divergence"
+(arXiv:2511.11159). The training minimises
+
+.. math:: \lambda_1 D_1 + \lambda_2 D_2 + \lambda_3 D_3
+
+over both models, with the weights of `sbi_jeffreys.weights`.
+"""
+
+from dataclasses import dataclass
+from typing import Sequence
+
+import torch
+from sbi.neural_nets.estimators import ConditionalDensityEstimator
+from torch import Tensor
+
+from sbi_jeffreys.energy import ConditionalEnergy
+from sbi_jeffreys.flow import rsample_and_log_prob, score
+from sbi_jeffreys.partition import LogPartition, from_log_weights, log_mixture
+
+
+@dataclass
+class Proposals:
+    r"""Samples at every condition, with all that the proxy needs to know of them.
+
+    They stay exact proposals of the partition function when the flow has moved on:
+    their weights hold the density that they were drawn with. One set of samples
+    therefore serves several epochs.
+
+    Attributes:
+        theta: $K$ samples of the flow, then $M$ of the reference, of shape
+            `(K + M, batch_dim, *input_shape)`.
+        log_weights: $\log b(\theta) - \log m(\theta \mid x)$, `(K + M, batch_dim)`.
+        log_ratio: $\log p(\theta \mid x) - \log b(\theta)$ of the flow's samples, with
+            $b$ extended beyond the support, `(K, batch_dim)`.
+    """
+
+    theta: Tensor
+    log_weights: Tensor
+    log_ratio: Tensor
+
+    def at(self, index: Tensor) -> "Proposals":
+        """Return the proposals at the conditions `index`."""
+        return Proposals(
+            self.theta[:, index], self.log_weights[:, index], self.log_ratio[:, index]
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence["Proposals"]) -> "Proposals":
+        """Return the proposals of several batches of conditions as one."""
+        return Proposals(
+            torch.cat([part.theta for part in parts], 1),
+            torch.cat([part.log_weights for part in parts], 1),
+            torch.cat([part.log_ratio for part in parts], 1),
+        )
+
+
+@dataclass
+class Divergences:
+    r"""The three divergences at every simulation of a batch.
+
+    Attributes:
+        forward_kl: $-\log p(\theta \mid x)$, of shape `(batch_dim,)`, with gradients
+            to the flow.
+        reverse_kl: $\mathrm{KL}(p \Vert q)$ at every $x$, with gradients to the proxy;
+            those to the flow are `JeffreysObjective.reverse_kl_of_flow`.
+        proxy_forward_kl: $-\log q(\theta \mid x)$ with gradients to the proxy.
+        log_partition: $\log Z(x)$ with its effective sample size.
+    """
+
+    forward_kl: Tensor
+    reverse_kl: Tensor
+    proxy_forward_kl: Tensor
+    log_partition: LogPartition
+
+
+class JeffreysObjective:
+    r"""Monte Carlo estimates of the three divergences.
+
+    For every simulation $(\theta, x)$, $K$ samples of the flow serve both the reverse
+    divergence of the proxy and, with $M$ samples of the base measure's reference (the
+    prior), the partition function.
+
+    Args:
+        num_flow_samples: $K$, at least 1.
+        num_reference_samples: $M$, at least 1.
+        num_reverse_samples: Number of fresh samples of the flow for its own gradient
+            of the reverse divergence, at least 1.
+
+    Raises:
+        ValueError: If a number of samples is below 1.
+    """
+
+    def __init__(
+        self,
+        num_flow_samples: int = 8,
+        num_reference_samples: int = 8,
+        num_reverse_samples: int = 1,
+    ) -> None:
+        for name, value in (
+            ("num_flow_samples", num_flow_samples),
+            ("num_reference_samples", num_reference_samples),
+            ("num_reverse_samples", num_reverse_samples),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.num_flow_samples = num_flow_samples
+        self.num_reference_samples = num_reference_samples
+        self.num_reverse_samples = num_reverse_samples
+
+    @torch.no_grad()
+    def propose(
+        self, flow: ConditionalDensityEstimator, proxy: ConditionalEnergy, x: Tensor
+    ) -> Proposals:
+        """Draw samples of the flow and of the reference at every condition.
+
+        Args:
+            flow: The flow $p$.
+            proxy: The proxy $q$, whose base measure has the reference.
+            x: Conditions of shape `(batch_dim, *condition_shape)`.
+
+        Returns:
+            The samples with their densities.
+        """
+        K, M = self.num_flow_samples, self.num_reference_samples
+        theta_flow, log_flow = rsample_and_log_prob(flow, K, x)
+        theta_reference = proxy.base.sample(M, len(x))
+        theta = torch.cat((theta_flow, theta_reference))
+        log_flow = torch.cat((log_flow, flow.log_prob(theta_reference, x)))
+        log_m = log_mixture(log_flow, proxy.base.reference_log_prob(theta), K, M)
+        return Proposals(
+            theta,
+            proxy.base.log_prob(theta) - log_m,
+            log_flow[:K] - proxy.base.extended_log_prob(theta_flow),
+        )
+
+    def divergences(
+        self,
+        flow: ConditionalDensityEstimator,
+        proxy: ConditionalEnergy,
+        theta: Tensor,
+        x: Tensor,
+        proposals: Proposals,
+    ) -> Divergences:
+        r"""Estimate the three divergences on a batch of simulations.
+
+        .. math::
+            D_1 &= -\log p(\theta \mid x) \\
+            D_2 &= \tfrac1K \textstyle\sum_k [\log p(\theta_k \mid x) -
+                \log b(\theta_k) - f(\theta_k, x)] + \log \hat Z(x) \\
+            D_3 &= -\log b(\theta) - f(\theta, x) + \log \hat Z(x)
+
+        Args:
+            flow: The flow $p$.
+            proxy: The proxy $q$.
+            theta: Parameters of shape `(batch_dim, *input_shape)`.
+            x: Simulation outputs of shape `(batch_dim, *condition_shape)`.
+            proposals: What `propose` drew at these conditions.
+
+        Returns:
+            The divergences, each of shape `(batch_dim,)`.
+        """
+        # One pass of the proxy over the simulations and all samples.
+        f = proxy(torch.cat((theta.unsqueeze(0), proposals.theta)), x)
+        log_partition = from_log_weights(f[1:] + proposals.log_weights)
+        log_z = log_partition.value
+        f_flow = f[1 : 1 + len(proposals.log_ratio)]
+        return Divergences(
+            forward_kl=flow.loss(theta, x),
+            reverse_kl=(proposals.log_ratio - f_flow).mean(0) + log_z,
+            proxy_forward_kl=log_z - proxy.base.extended_log_prob(theta) - f[0],
+            log_partition=log_partition,
+        )
+
+    def reverse_kl_of_flow(
+        self,
+        flow: ConditionalDensityEstimator,
+        proxy: ConditionalEnergy,
+        x: Tensor,
+        log_partition: Tensor,
+    ) -> Tensor:
+        r"""Estimate $\mathrm{KL}(p \Vert q)$ with its gradient to the flow.
+
+        The gradient is the path gradient [1]: that of samples
+        $\theta = T_\phi(z; x)$ through $\log p - \log q$,
+
+        .. math:: \mathbb{E}_z \left[ \nabla_\theta (\log p - \log q)^\top
+            \frac{\partial T_\phi(z; x)}{\partial \phi} \right]
+
+        without the score term, whose expectation is zero. It vanishes where $p = q$.
+        Samples beyond the support are charged by the extended base measure and led
+        back.
+
+        [1] G. Roeder, Y. Wu, D. Duvenaud, "Sticking the Landing: Simple,
+        Lower-Variance Gradient Estimators for Variational Inference", NeurIPS 2017.
+
+        Args:
+            flow: The flow $p$.
+            proxy: The proxy $q$.
+            x: Conditions of shape `(batch_dim, *condition_shape)`.
+            log_partition: $\log Z(x)$ of shape `(batch_dim,)`.
+
+        Returns:
+            Of shape `(batch_dim,)`.
+        """
+        theta, log_p = rsample_and_log_prob(flow, self.num_reverse_samples, x)
+        points = theta.detach().requires_grad_()
+        with torch.enable_grad():
+            log_q = proxy.base.extended_log_prob(points) + proxy(points, x)
+            (slope_q,) = torch.autograd.grad(log_q.sum(), points)
+        path = score(flow, points, x) - slope_q
+        value = (log_p - log_q).detach().mean(0) + log_partition.detach()
+        # Zero in value: it only carries the gradient through the samples.
+        return value + (path * (theta - points.detach())).sum(-1).mean(0)

@@ -1,0 +1,335 @@
+"""The refined posterior: samples of the flow, reweighted by the proxy."""
+
+import warnings
+from typing import Optional, Union
+
+import torch
+from sbi.inference.posteriors.base_posterior import NeuralPosterior
+from sbi.inference.potentials.base_potential import BasePotential
+from sbi.neural_nets.estimators.shape_handling import (
+    reshape_to_batch_event,
+)
+from sbi.sbi_types import Shape
+from sbi.utils.sbiutils import mcmc_transform, within_support
+from sbi.utils.torchutils import ensure_theta_batched
+from torch import Tensor
+from torch.distributions import Distribution
+
+from sbi_jeffreys.estimator import JeffreysEstimator
+from sbi_jeffreys.partition import LogPartition, from_log_weights
+from sbi_jeffreys.refinement import log_ratio, sample_with_log_ratio, temper
+
+
+class RefinedPotential(BasePotential):
+    r"""Unnormalised log density of the refined posterior.
+
+    .. math:: (1 - \beta) \log p(\theta \mid x) + \beta \, (\log b(\theta) +
+        f(\theta, x))
+
+    Args:
+        estimator: Flow and proxy.
+        prior: The prior; the potential is minus infinity outside its support.
+        exponent: The exponent $\beta$.
+        x_o: The observation.
+        device: Device of the estimator.
+    """
+
+    def __init__(
+        self,
+        estimator: JeffreysEstimator,
+        prior: Distribution,
+        exponent: float,
+        x_o: Optional[Tensor] = None,
+        device: Union[str, torch.device] = "cpu",
+    ) -> None:
+        super().__init__(prior, x_o, device)
+        self.estimator = estimator
+        self.exponent = exponent
+
+    def __call__(self, theta: Tensor, track_gradients: bool = True) -> Tensor:
+        """Return the potential at parameters of shape `(num, *input_shape)`.
+
+        Args:
+            theta: Parameters.
+            track_gradients: Whether to track gradients.
+
+        Returns:
+            Of shape `(num,)`.
+        """
+        theta = ensure_theta_batched(torch.as_tensor(theta)).to(self.device)
+        x = reshape_to_batch_event(self.x_o, self.estimator.condition_shape)
+        with torch.set_grad_enabled(track_gradients):
+            inside = within_support(self.prior, theta)
+            points = theta.unsqueeze(1)
+            log_p = self.estimator.log_prob(points, x)
+            log_w = log_ratio(self.estimator.flow, self.estimator.proxy, points, x)
+            potential = (log_p + temper(log_w, self.exponent)).squeeze(1)
+            return torch.where(inside, potential, -torch.inf)
+
+
+class RefinedPosterior(NeuralPosterior):
+    r"""Posterior whose samples are the flow's, resampled by the proxy.
+
+    .. math:: r_\beta(\theta \mid x) \propto p(\theta \mid x) \,
+        w(\theta, x)^\beta, \qquad w = b(\theta) \exp f(\theta, x) /
+        p(\theta \mid x)
+
+    The exponent $\beta$ was chosen on validation simulations, see
+    `sbi_jeffreys.refinement`: at 0 this is the flow, at 1 the proxy.
+
+    Samples come from sampling importance resampling. How many independent samples
+    the weights are worth is told by `effective_sample_size`.
+
+    Args:
+        estimator: What `JeffreysNPE.train` returned.
+        prior: The prior; samples outside its support are left out.
+        exponent: The exponent $\beta$; that of the estimator if not given.
+        oversampling_factor: Number of samples drawn from the flow for each one kept.
+        max_sampling_batch_size: Number of samples of the flow drawn at a time.
+        device: Device of the estimator.
+
+    Raises:
+        TypeError: If `estimator` is not a `JeffreysEstimator`.
+        ValueError: If `exponent` is not in [0, 1] or `oversampling_factor` below 1.
+    """
+
+    #: Below this share of the samples the weights are said to have collapsed.
+    min_relative_ess = 0.02
+
+    def __init__(
+        self,
+        estimator: JeffreysEstimator,
+        prior: Distribution,
+        exponent: Optional[float] = None,
+        oversampling_factor: int = 4,
+        max_sampling_batch_size: int = 10_000,
+        device: Optional[Union[str, torch.device]] = None,
+    ) -> None:
+        if not isinstance(estimator, JeffreysEstimator):
+            raise TypeError(
+                "The refined posterior needs the proxy of a JeffreysEstimator, as "
+                f"JeffreysNPE.train returns it; got {type(estimator).__name__}."
+            )
+        exponent = estimator.exponent if exponent is None else exponent
+        if not 0 <= exponent <= 1:
+            raise ValueError(f"exponent must be between 0 and 1, got {exponent}.")
+        if oversampling_factor < 1:
+            raise ValueError(
+                f"oversampling_factor must be at least 1, got {oversampling_factor}."
+            )
+        device = "cpu" if device is None else device
+        estimator.eval()
+        super().__init__(
+            potential_fn=RefinedPotential(estimator, prior, exponent, device=device),
+            theta_transform=mcmc_transform(prior, device=device),
+            device=device,
+        )
+        self.posterior_estimator = estimator
+        self.prior = prior
+        self.exponent = exponent
+        self.oversampling_factor = oversampling_factor
+        self.max_sampling_batch_size = max_sampling_batch_size
+        self._purpose = (
+            """It samples the flow and resamples with the proxy's weights."""
+        )
+
+    def sample(
+        self,
+        sample_shape: Shape = torch.Size(),
+        x: Optional[Tensor] = None,
+        show_progress_bars: bool = True,
+    ) -> Tensor:
+        r"""Draw samples from the refined posterior.
+
+        Args:
+            sample_shape: Shape of the samples.
+            x: Observation; the default `x` if not given.
+            show_progress_bars: Ignored; there is no loop to show.
+
+        Returns:
+            Samples of shape `(*sample_shape, *input_shape)`.
+
+        Raises:
+            ValueError: If `x` holds more than one observation.
+        """
+        x = self._single_x(x)
+        return self._resample(torch.Size(sample_shape), x).squeeze(-2)
+
+    def sample_batched(
+        self, sample_shape: Shape, x: Tensor, show_progress_bars: bool = True
+    ) -> Tensor:
+        r"""Draw samples from the refined posterior of every observation.
+
+        Args:
+            sample_shape: Shape of the samples for every observation.
+            x: Observations of shape `(batch_dim, *condition_shape)`.
+            show_progress_bars: Ignored; there is no loop to show.
+
+        Returns:
+            Samples of shape `(*sample_shape, batch_dim, *input_shape)`.
+        """
+        x = reshape_to_batch_event(x, self.posterior_estimator.condition_shape)
+        return self._resample(torch.Size(sample_shape), x.to(self._device))
+
+    def log_prob(
+        self,
+        theta: Tensor,
+        x: Optional[Tensor] = None,
+        norm_posterior: bool = True,
+        track_gradients: bool = False,
+        num_samples: int = 10_000,
+    ) -> Tensor:
+        r"""Return the log density of the refined posterior.
+
+        Args:
+            theta: Parameters of shape `(num, *input_shape)`.
+            x: Observation; the default `x` if not given.
+            norm_posterior: Whether to normalise, by importance sampling from the flow.
+            track_gradients: Whether to track gradients.
+            num_samples: Number of samples of the flow for the normalisation.
+
+        Returns:
+            Log density of shape `(num,)`; minus infinity outside the prior's support.
+        """
+        x = self._single_x(x)
+        log_prob = self.potential(theta, x, track_gradients)
+        if norm_posterior:
+            log_prob = log_prob - self._log_partition(x, num_samples).debiased
+        return log_prob
+
+    def effective_sample_size(
+        self, x: Optional[Tensor] = None, num_samples: int = 10_000
+    ) -> Tensor:
+        r"""Return how many independent samples the flow's samples are worth.
+
+        .. math:: \left(\sum_i w_i^\beta\right)^2 / \sum_i w_i^{2 \beta}
+
+        Close to `num_samples` where flow and proxy agree. A small value says that they
+        do not, and that neither should be trusted at this observation unseen.
+
+        Args:
+            x: Observations of shape `(batch_dim, *condition_shape)`; the default `x`
+                if not given.
+            num_samples: Number of samples of the flow.
+
+        Returns:
+            Of shape `(batch_dim,)`.
+        """
+        x = self._x_else_default_x(x)
+        x = reshape_to_batch_event(x, self.posterior_estimator.condition_shape)
+        return self._log_partition(
+            x.to(self._device), num_samples
+        ).effective_sample_size
+
+    def map(
+        self,
+        x: Optional[Tensor] = None,
+        num_iter: int = 1_000,
+        num_to_optimize: int = 100,
+        learning_rate: float = 0.01,
+        init_method: Union[str, Tensor] = "posterior",
+        num_init_samples: int = 1_000,
+        save_best_every: int = 10,
+        show_progress_bars: bool = False,
+        force_update: bool = False,
+    ) -> Tensor:
+        """Return the maximum a posteriori estimate by gradient ascent.
+
+        See `sbi.inference.posteriors.DirectPosterior.map` for the arguments.
+        """
+        return super().map(
+            x=x,
+            num_iter=num_iter,
+            num_to_optimize=num_to_optimize,
+            learning_rate=learning_rate,
+            init_method=init_method,
+            num_init_samples=num_init_samples,
+            save_best_every=save_best_every,
+            show_progress_bars=show_progress_bars,
+            force_update=force_update,
+        )
+
+    def _single_x(self, x: Optional[Tensor]) -> Tensor:
+        x = self._x_else_default_x(x)
+        x = reshape_to_batch_event(x, self.posterior_estimator.condition_shape)
+        if len(x) > 1:
+            raise ValueError(
+                f"One observation is expected, got {len(x)}. Use `.sample_batched()` "
+                "for several observations."
+            )
+        return x.to(self._device)
+
+    def _propose(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return samples of the flow and their tempered log weights, in batches."""
+        estimator = self.posterior_estimator
+        batch = max(1, self.max_sampling_batch_size // len(x))
+        thetas, log_weights = [], []
+        while num_samples > 0:
+            num = min(batch, num_samples)
+            theta, log_w = sample_with_log_ratio(
+                estimator.flow, estimator.proxy, num, x
+            )
+            # The proxy on the Lebesgue measure may lie beyond the prior.
+            inside = within_support(self.prior, theta.flatten(0, 1)).reshape(
+                log_w.shape
+            )
+            thetas.append(theta)
+            log_weights.append(
+                temper(log_w.masked_fill(~inside, -torch.inf), self.exponent)
+            )
+            num_samples -= num
+        return torch.cat(thetas), torch.cat(log_weights)
+
+    def _log_partition(self, x: Tensor, num_samples: int) -> LogPartition:
+        return from_log_weights(self._propose(num_samples, x)[1])
+
+    def _resample(self, sample_shape: torch.Size, x: Tensor) -> Tensor:
+        num_samples = sample_shape.numel()
+        theta, log_weights = self._propose(num_samples * self.oversampling_factor, x)
+        if torch.isneginf(log_weights).all(0).any():
+            raise RuntimeError(
+                "All samples of the flow lie outside the prior's support at this "
+                "observation: it is far from what was simulated. Check it against the "
+                "prior predictive distribution, or use sample_with='mcmc'."
+            )
+        ess = from_log_weights(log_weights).effective_sample_size
+        if (ess < self.min_relative_ess * len(theta)).any():
+            warnings.warn(
+                f"The importance weights have collapsed: {len(theta)} samples of the "
+                f"flow are worth {ess.min().item():.0f}. Flow and proxy disagree at "
+                "this observation. Simulate more, or check that the observation is "
+                "one that the simulator can produce; sample_with='direct' gives the "
+                "flow's samples without weights.",
+                stacklevel=3,
+            )
+        chosen = systematic_resampling(log_weights, num_samples)
+        index = chosen.unsqueeze(-1).expand(*chosen.shape, theta.shape[-1])
+        samples = theta.gather(0, index)
+        return samples.reshape(*sample_shape, len(x), *theta.shape[2:])
+
+
+def systematic_resampling(log_weights: Tensor, num_samples: int) -> Tensor:
+    r"""Return indices of samples drawn in proportion to their weights.
+
+    One uniform number places `num_samples` equally spaced points on the cumulative
+    weights, so that a sample of weight $w$ is taken $\lfloor n w \rfloor$ or
+    $\lceil n w \rceil$ times: less noise, and fewer repeats, than independent draws
+    (Douc and Cappé, "Comparison of Resampling Schemes for Particle Filtering", 2005).
+
+    Args:
+        log_weights: Of shape `(num_candidates, batch_dim)`.
+        num_samples: Number of indices to draw.
+
+    Returns:
+        Indices in random order, of shape `(num_samples, batch_dim)`.
+    """
+    weights = torch.softmax(log_weights.double(), 0)
+    cumulative = weights.cumsum(0).T.contiguous()
+    cumulative = cumulative / cumulative[:, -1:]
+    batch_dim = log_weights.shape[1]
+    offset = torch.rand(batch_dim, 1, dtype=torch.double, device=weights.device)
+    points = torch.arange(num_samples, dtype=torch.double, device=weights.device)
+    index = torch.searchsorted(cumulative, (points + offset) / max(num_samples, 1))
+    index = index.clamp_max(len(weights) - 1).T
+    order = torch.rand(index.shape, device=index.device).argsort(0)
+    return index.gather(0, order)

@@ -1,0 +1,624 @@
+"""`JeffreysNPE`: neural posterior estimation under the adaptive Jeffreys objective."""
+
+import warnings
+from copy import deepcopy
+from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, Union
+
+import torch
+from sbi.inference import NPE
+from sbi.inference.posteriors.base_posterior import NeuralPosterior
+from sbi.inference.trainers._contracts import LossArgs, LossArgsNPE, TrainConfig
+from sbi.neural_nets.estimators import ConditionalDensityEstimator
+from sbi.neural_nets.estimators.base import ConditionalEstimatorBuilder
+from sbi.sbi_types import Tracker
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.nn.utils.clip_grad import clip_grad_norm_
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from sbi_jeffreys.atomic import atomic_proxy_loss
+from sbi_jeffreys.energy import EnergyBuilder, energy_nn
+from sbi_jeffreys.estimator import JeffreysEstimator
+from sbi_jeffreys.flow import check_has_rsample
+from sbi_jeffreys.objective import Divergences, JeffreysObjective, Proposals
+from sbi_jeffreys.posterior import RefinedPosterior
+from sbi_jeffreys.refinement import choose_exponent
+from sbi_jeffreys.tracking import NoTracker
+from sbi_jeffreys.weights import (
+    AdaptiveWeights,
+    FixedWeights,
+    ValidationDivergences,
+    Weights,
+)
+
+# Simulations on which the proxy is validated, and samples of each kind for each of
+# them: enough that the validation's error is the simulations', not the samples', and
+# less work than the epoch.
+NUM_VALIDATION_SIMULATIONS = 500
+NUM_VALIDATION_SAMPLES = 16
+# Epochs that a set of proposal samples serves. They stay exact when the flow moves
+# on; three epochs cost no accuracy and save two thirds of the drawing.
+PROPOSAL_EPOCHS = 3
+# Conditions for which proposals are drawn at once, which bounds the memory.
+PROPOSAL_BATCH_SIZE = 2_000
+
+#: What `JeffreysNPE.summary` and the tracker hold for every epoch beside sbi's own.
+EPOCH_METRICS = (
+    "training_forward_kl",
+    "training_reverse_kl",
+    "training_proxy_forward_kl",
+    "validation_forward_kl",
+    "validation_reverse_kl",
+    "validation_proxy_forward_kl",
+    "dual_forward_kl",
+    "dual_reverse_kl",
+    "dual_proxy_forward_kl",
+    "trust",
+    "log_partition",
+    "effective_sample_size",
+)
+
+
+class JeffreysNPE(NPE):
+    r"""Neural posterior estimation under the adaptive constrained Jeffreys objective.
+
+    A drop-in for `sbi.inference.NPE`. Beside the conditional flow $p(\theta \mid x)$
+    an energy-based proxy $q(\theta \mid x)$ of the truth is trained on the same
+    simulations:
+
+    .. math:: \min_{p, q} \lambda_1 \mathrm{KL}(\pi \Vert p) +
+        \lambda_2 \mathrm{KL}(p \Vert q) + \lambda_3 \mathrm{KL}(\pi \Vert q)
+
+    with weights $\lambda$ set by dual ascent as training goes [1]. See
+    `sbi_jeffreys.objective` and `sbi_jeffreys.weights`.
+
+    [1] O. Ben-Dov and L. F. O. Chamon, "Adaptive Symmetrization of the KL Divergence",
+    arXiv:2511.11159.
+
+    Example:
+    --------
+
+    ::
+
+        from sbi_jeffreys import JeffreysNPE
+
+        inference = JeffreysNPE(prior)
+        inference.append_simulations(theta, x).train()
+        posterior = inference.build_posterior()
+        samples = posterior.sample((10_000,), x=x_o)
+    """
+
+    def __init__(
+        self,
+        prior: Optional[Distribution] = None,
+        density_estimator: Union[
+            Literal["nsf", "maf", "mdn", "made"],
+            ConditionalEstimatorBuilder[ConditionalDensityEstimator],
+        ] = "maf",
+        device: str = "cpu",
+        logging_level: Union[int, str] = "WARNING",
+        summary_writer: Optional[SummaryWriter] = None,
+        tracker: Optional[Tracker] = None,
+        show_progress_bars: bool = True,
+        *,
+        energy_estimator: Optional[EnergyBuilder] = None,
+        weights: Union[Literal["adaptive", "fixed"], Weights] = "adaptive",
+        objective: Optional[JeffreysObjective] = None,
+    ):
+        r"""Initialize JeffreysNPE.
+
+        Args:
+            prior: As in `sbi.inference.NPE`. Without one the proxy takes the Lebesgue
+                measure as its base measure.
+            density_estimator: As in `sbi.inference.NPE`: the flow. It must have
+                samples with gradients, which mixtures ("mdn", "made") have not.
+            device: As in `sbi.inference.NPE`.
+            logging_level: As in `sbi.inference.NPE`.
+            summary_writer: As in `sbi.inference.NPE`.
+            tracker: As in `sbi.inference.NPE`.
+            show_progress_bars: As in `sbi.inference.NPE`.
+            energy_estimator: Builder of the proxy, `energy_nn()` if not given.
+            weights: `"adaptive"` for dual variables that follow the training,
+                `"fixed"` for the penalty form with unit weights, or `Weights` of your
+                own making, as `AdaptiveWeights(QuadraticRelaxation(alpha=2.0))`.
+            objective: Numbers of samples behind the divergences, `JeffreysObjective()`
+                if not given.
+
+        Raises:
+            ValueError: If `weights` is an unknown name.
+            TypeError: If `weights` is neither a name nor `Weights`.
+        """
+        super().__init__(
+            prior=prior,
+            density_estimator=density_estimator,
+            device=device,
+            logging_level=logging_level,
+            summary_writer=summary_writer,
+            tracker=tracker,
+            show_progress_bars=show_progress_bars,
+        )
+        self._build_flow = self._build_neural_net
+        self._build_proxy = (
+            energy_nn() if energy_estimator is None else energy_estimator
+        )
+        self._build_neural_net = self._build_estimator
+        self._initial_weights = _as_weights(weights)
+        self.objective = JeffreysObjective() if objective is None else objective
+        self._summary.update({name: [] for name in EPOCH_METRICS})
+        self._reset_training()
+
+    @property
+    def weights(self) -> Weights:
+        """The weights of the three divergences as they stand."""
+        return self._weights
+
+    def append_simulations(
+        self,
+        theta: Tensor,
+        x: Tensor,
+        proposal: Optional[Any] = None,
+        exclude_invalid_x: Optional[bool] = None,
+        data_device: Optional[str] = None,
+    ) -> "JeffreysNPE":
+        """Store simulations for training, see `sbi.inference.NPE.append_simulations`.
+
+        Raises:
+            ValueError: If parameters are not finite, or numbers of parameters and
+                simulations differ.
+        """
+        _check_simulations(theta, x)
+        return super().append_simulations(
+            theta, x, proposal, exclude_invalid_x, data_device
+        )
+
+    def get_dataloaders(
+        self,
+        starting_round: int = 0,
+        training_batch_size: int = 200,
+        validation_fraction: float = 0.1,
+        resume_training: bool = False,
+        dataloader_kwargs: Optional[dict] = None,
+    ) -> Tuple[DataLoader, DataLoader]:
+        """Return dataloaders for training and validation.
+
+        The split is that of sbi, for the same random seed. Batches carry the indices
+        of their simulations. Unless `dataloader_kwargs` ask for more, they are cut
+        from the tensors in one piece, which sbi's row-wise loader does not.
+
+        See `sbi.inference.NPE.get_dataloaders` for the arguments.
+
+        Raises:
+            ValueError: If training or validation would be left without simulations.
+        """
+        num = sum(
+            len(theta)
+            for theta, round_ in zip(
+                self._theta_roundwise, self._data_round_index, strict=True
+            )
+            if round_ >= starting_round
+        )
+        if not 0 < int((1 - validation_fraction) * num) < num:
+            raise ValueError(
+                f"{num} valid simulations with validation_fraction="
+                f"{validation_fraction} leave none for training or for validation. "
+                "At least 2 are needed; a useful fit needs hundreds."
+            )
+        loaders = super().get_dataloaders(
+            starting_round,
+            training_batch_size,
+            validation_fraction,
+            resume_training,
+            dataloader_kwargs,
+        )
+        if dataloader_kwargs is not None:
+            return loaders
+        tensors = loaders[0].dataset.tensors  # type: ignore[attr-defined]
+        dataset = TensorDataset(*tensors, torch.arange(len(tensors[0])))
+        train, val = (
+            DataLoader(
+                dataset,
+                sampler=BatchSampler(loader.sampler, loader.batch_size or 1, drop_last),
+                batch_size=None,
+            )
+            for loader, drop_last in zip(loaders, (True, False), strict=True)
+        )
+        return train, val
+
+    def build_posterior(  # type: ignore[override]
+        self,
+        density_estimator: Optional[ConditionalDensityEstimator] = None,
+        prior: Optional[Distribution] = None,
+        sample_with: Literal[
+            "mcmc", "rejection", "vi", "importance", "direct", "refined"
+        ] = "direct",
+        *args: Any,
+        refined_sampling_parameters: Optional[Dict[str, Any]] = None,
+        **kwargs: Any,
+    ) -> NeuralPosterior:
+        r"""Build the posterior, see `sbi.inference.NPE.build_posterior`.
+
+        Args:
+            density_estimator: As in `sbi.inference.NPE.build_posterior`.
+            prior: As in `sbi.inference.NPE.build_posterior`.
+            sample_with: As in `sbi.inference.NPE.build_posterior`, where all methods
+                take the flow as the posterior's density; or `"refined"` for the
+                flow's samples reweighted by the proxy, a `RefinedPosterior`.
+            *args: As in `sbi.inference.NPE.build_posterior`.
+            refined_sampling_parameters: Keywords of `RefinedPosterior`.
+            **kwargs: As in `sbi.inference.NPE.build_posterior`.
+
+        Returns:
+            The posterior.
+        """
+        if sample_with != "refined":
+            return super().build_posterior(
+                density_estimator, prior, sample_with, *args, **kwargs
+            )
+        prior = self._resolve_prior(prior, "direct")
+        estimator, device = self._resolve_estimator(density_estimator)
+        self._posterior = RefinedPosterior(
+            deepcopy(estimator),  # type: ignore[arg-type]
+            prior,
+            device=device,
+            **(refined_sampling_parameters or {}),
+        )
+        return self._posterior
+
+    def _build_estimator(self, theta: Tensor, x: Tensor) -> JeffreysEstimator:
+        flow = self._build_flow(theta, x)
+        check_has_rsample(flow, x[:3])
+        return JeffreysEstimator(flow, self._build_proxy(theta, x, self._prior))
+
+    def _reset_training(self) -> None:
+        self._weights = deepcopy(self._initial_weights)
+        self._proposals: Optional[Proposals] = None
+        self._epoch_metrics: Dict[str, float] = {}
+        # Validation loss, epoch and state of either model at its best: the flow and
+        # the proxy need not be at their best in the same epoch.
+        self._best: Dict[str, Tuple[float, int, Dict[str, Tensor]]] = {}
+
+    def _run_training_loop(
+        self,
+        train_loader: DataLoader,
+        val_loader: DataLoader,
+        train_config: TrainConfig,
+        loss_args: Optional[LossArgs] = None,
+        summarization_kwargs: Optional[Dict[str, Any]] = None,
+    ) -> ConditionalDensityEstimator:
+        if not train_config.resume_training:
+            self._best = {}
+            self._proposals = None
+            self._weights.start_round()
+        num_epochs = len(self._summary["validation_loss"])
+        try:
+            super()._run_training_loop(
+                train_loader, val_loader, train_config, loss_args, summarization_kwargs
+            )
+        except KeyboardInterrupt:
+            if not self._best:
+                raise
+            self._finish_interrupted(num_epochs)
+        estimator = self._estimator
+        self._restore_best()
+        self._best_val_loss = self._best["flow"][0]
+        estimator.exponent = self._choose_exponent(val_loader)
+        return estimator
+
+    def _train_epoch(
+        self,
+        train_loader: DataLoader,
+        clip_max_norm: Optional[float],
+        loss_args: Optional[LossArgs],
+    ) -> float:
+        estimator, objective, weights = self._estimator, self.objective, self._weights
+        flow, proxy = estimator.flow, estimator.proxy
+        if self.epoch % PROPOSAL_EPOCHS == 0:
+            self._proposals = None
+        means = []
+        for batch in train_loader:
+            theta, x = batch[0].to(self._device), batch[1].to(self._device)
+            kernel = self._calibration(x, loss_args)
+            divergences = objective.divergences(
+                flow, proxy, theta, x, self._proposals_at(batch, train_loader)
+            )
+            self._apply_round_losses(divergences, batch, loss_args)
+
+            self.optimizer.zero_grad()
+            forward, reverse, proxy_forward = weights.dual_variables.tolist()
+            lagrangian = (
+                forward * divergences.forward_kl
+                + reverse * weights.proxy_share * divergences.reverse_kl
+                + proxy_forward * divergences.proxy_forward_kl
+            )
+            if reverse * weights.flow_share > 0:
+                reverse_kl_of_flow = objective.reverse_kl_of_flow(
+                    flow, proxy, x, divergences.log_partition.value
+                )
+                lagrangian = lagrangian + (
+                    reverse * weights.flow_share * reverse_kl_of_flow
+                )
+            (kernel * lagrangian).mean().backward()
+            self._step(clip_max_norm)
+            means.append(_means(divergences, kernel))
+        epoch_means = torch.tensor(means).mean(0).tolist()
+        names = ("forward_kl", "reverse_kl", "proxy_forward_kl")
+        for name, value in zip(names, epoch_means, strict=True):
+            self._epoch_metrics[f"training_{name}"] = value
+        return epoch_means[0]
+
+    def _step(self, clip_max_norm: Optional[float]) -> None:
+        """Take one optimiser step, with the gradients of each network clipped."""
+        for model in (self._estimator.flow, self._estimator.proxy):
+            norm = clip_grad_norm_(
+                model.parameters(),
+                torch.inf if clip_max_norm is None else clip_max_norm,
+            )
+            if not torch.isfinite(norm):
+                # One bad batch must not cost the network.
+                self.optimizer.zero_grad()
+                return
+        self.optimizer.step()
+
+    def _proposals_at(self, batch: Sequence[Tensor], loader: DataLoader) -> Proposals:
+        """Return the proposal samples at the conditions of a batch.
+
+        They are drawn for all simulations at once and kept. Batches of a loader with
+        keywords of the user's do not say which simulations they hold; theirs are
+        drawn anew.
+        """
+        estimator = self._estimator
+        draw = self.objective.propose
+        if len(batch) < 4:
+            return draw(estimator.flow, estimator.proxy, batch[1].to(self._device))
+        if self._proposals is None:
+            x = loader.dataset.tensors[1]  # type: ignore[attr-defined]
+            self._proposals = Proposals.concatenate([
+                draw(estimator.flow, estimator.proxy, chunk.to(self._device))
+                for chunk in x.split(PROPOSAL_BATCH_SIZE)
+            ])
+        return self._proposals.at(batch[3])
+
+    def _calibration(self, x: Tensor, loss_args: Optional[LossArgs]) -> Tensor:
+        kernel = getattr(loss_args, "calibration_kernel", None)
+        return x.new_ones(len(x)) if kernel is None else kernel(x)
+
+    def _apply_round_losses(
+        self,
+        divergences: Divergences,
+        batch: Sequence[Tensor],
+        loss_args: Optional[LossArgs],
+    ) -> None:
+        """Replace the forward divergences where parameters came from a proposal."""
+        assert isinstance(loss_args, LossArgsNPE)
+        if self._round == 0 or loss_args.force_first_round_loss:
+            return
+        theta, x, masks = (part.to(self._device) for part in batch[:3])
+        divergences.forward_kl = -self._log_prob_proposal_posterior(
+            theta,
+            x,
+            masks,
+            loss_args.proposal,  # type: ignore[arg-type]
+        )
+        divergences.proxy_forward_kl = atomic_proxy_loss(
+            self._estimator.proxy, self._prior, theta, x, self._num_atoms
+        )
+
+    def _validate_epoch(
+        self, val_loader: DataLoader, loss_args: Optional[LossArgs]
+    ) -> float:
+        estimator = self._estimator
+        objective = JeffreysObjective(NUM_VALIDATION_SAMPLES, NUM_VALIDATION_SAMPLES)
+        flow_losses: List[Tensor] = []
+        parts: List[Tuple[Tensor, ...]] = []
+        num_done = 0
+        with torch.no_grad():
+            for batch in val_loader:
+                theta, x = batch[0].to(self._device), batch[1].to(self._device)
+                kernel = self._calibration(x, loss_args)
+                if num_done >= NUM_VALIDATION_SIMULATIONS and self._round == 0:
+                    flow_losses.append(kernel * estimator.flow.loss(theta, x))
+                    continue
+                divergences = objective.divergences(
+                    estimator.flow,
+                    estimator.proxy,
+                    theta,
+                    x,
+                    objective.propose(estimator.flow, estimator.proxy, x),
+                )
+                log_partition = divergences.log_partition
+                divergences.proxy_forward_kl += (
+                    log_partition.debiased - log_partition.value
+                )
+                self._apply_round_losses(divergences, batch, loss_args)
+                flow_losses.append(kernel * divergences.forward_kl)
+                parts.append((
+                    flow_losses[-1],
+                    divergences.reverse_kl,
+                    kernel * divergences.proxy_forward_kl,
+                    log_partition.value,
+                    log_partition.effective_sample_size,
+                ))
+                num_done += len(x)
+        forward, reverse, proxy_forward, log_z, ess = map(
+            torch.cat, zip(*parts, strict=True)
+        )
+        validation = ValidationDivergences(forward, reverse, proxy_forward)
+        self._weights.update(validation)
+        val_loss = torch.cat(flow_losses).mean().item()
+        self._keep_best("flow", estimator.flow, val_loss)
+        self._keep_best("proxy", estimator.proxy, validation.proxy_forward_kl)
+        dual_variables = self._weights.dual_variables.tolist()
+        self._epoch_metrics.update(
+            validation_forward_kl=validation.forward_kl,
+            validation_reverse_kl=validation.reverse_kl,
+            validation_proxy_forward_kl=validation.proxy_forward_kl,
+            dual_forward_kl=dual_variables[0],
+            dual_reverse_kl=dual_variables[1],
+            dual_proxy_forward_kl=dual_variables[2],
+            trust=self._weights.trust,
+            log_partition=log_z.mean().item(),
+            effective_sample_size=ess.mean().item(),
+        )
+        return val_loss
+
+    def _keep_best(self, name: str, model: torch.nn.Module, loss: float) -> None:
+        if name not in self._best or loss < self._best[name][0]:
+            state = {key: value.clone() for key, value in model.state_dict().items()}
+            self._best[name] = (loss, self.epoch, state)
+
+    def _restore_best(self) -> None:
+        estimator = self._estimator
+        estimator.flow.load_state_dict(self._best["flow"][2])
+        estimator.proxy.load_state_dict(self._best["proxy"][2])
+        estimator.eval()
+
+    def _converged(self, epoch: int, stop_after_epochs: int) -> bool:
+        """Return whether neither model has improved on validation data for long."""
+        if not self._best:
+            return False
+        self._best_val_loss = self._best["flow"][0]
+        # sbi restores this state at the end of training; `_restore_best` then loads
+        # each model's own.
+        self._best_model_state_dict = self._estimator.state_dict()
+        last_improvement = max(best[1] for best in self._best.values())
+        self._epochs_since_last_improvement = epoch - 1 - last_improvement
+        return self._epochs_since_last_improvement >= stop_after_epochs
+
+    def _summarize_epoch(
+        self,
+        train_loss: float,
+        val_loss: float,
+        epoch_start_time: float,
+        summarization_kwargs: Dict[str, Any],
+    ) -> None:
+        super()._summarize_epoch(
+            train_loss, val_loss, epoch_start_time, summarization_kwargs
+        )
+        for name in EPOCH_METRICS:
+            self._summary[name].append(self._epoch_metrics[name])
+
+    def _summarize(self, round_: int) -> None:
+        offset = sum(self._summary["epochs_trained"][:-1])
+        for name in EPOCH_METRICS:
+            for step, value in enumerate(self._summary[name][offset:], start=offset):
+                self._tracker.log_metric(name=name, value=value, step=step)
+        super()._summarize(round_)
+
+    def _maybe_show_progress(self, show: bool, epoch: int) -> None:  # type: ignore[override]
+        if show:
+            metrics = self._epoch_metrics
+            print(
+                "\r",
+                f"Training JeffreysNPE. Epochs trained: {epoch}, validation loss: flow "
+                f"{metrics['validation_forward_kl']:.3f}, proxy "
+                f"{metrics['validation_proxy_forward_kl']:.3f}, dual variables: "
+                f"{metrics['dual_forward_kl']:.2f} {metrics['dual_reverse_kl']:.2f} "
+                f"{metrics['dual_proxy_forward_kl']:.2f} ",
+                end="",
+            )
+
+    def _finish_interrupted(self, num_epochs_before: int) -> None:
+        """Do at Ctrl-C what sbi's loop does at its end."""
+        num_epochs = len(self._summary["validation_loss"]) - num_epochs_before
+        best_epoch = self._best["flow"][1]
+        warnings.warn(
+            f"Training was interrupted after {num_epochs} epochs. The best network so "
+            f"far, of epoch {best_epoch}, is kept; `train(resume_training=True)` goes "
+            "on.",
+            stacklevel=4,
+        )
+        self._summary["epochs_trained"].append(num_epochs)
+        self._summary["best_validation_loss"].append(self._best["flow"][0])
+        self._summarize(self._round)
+        self._estimator.zero_grad(set_to_none=True)
+
+    def _choose_exponent(self, val_loader: DataLoader) -> float:
+        """Return the exponent of the refined posterior, see `choose_exponent`."""
+        estimator = self._estimator
+        indices = self.val_indices[:NUM_VALIDATION_SIMULATIONS]
+        theta, x = (
+            part[indices].to(self._device)
+            for part in val_loader.dataset.tensors[:2]  # type: ignore[attr-defined]
+        )
+        # Parameters of later rounds come from a proposal, not from the posterior.
+        prior = self._prior if self._round > 0 else None
+        return choose_exponent(estimator.flow, estimator.proxy, theta, x, prior=prior)
+
+    @property
+    def _estimator(self) -> JeffreysEstimator:
+        assert isinstance(self._neural_net, JeffreysEstimator)
+        return self._neural_net
+
+    def _default_tracker(self) -> Tracker:
+        try:
+            return super()._default_tracker()
+        except OSError as err:
+            warnings.warn(
+                f"The training log cannot be written ({err}). Training goes on without "
+                "it; pass `tracker=` to log elsewhere.",
+                stacklevel=3,
+            )
+            return NoTracker()
+
+    def __getstate__(self) -> Dict:
+        state = super().__getstate__()
+        # Builders are closures, which pickle refuses, as for sbi's own.
+        state.update(_build_flow=None, _build_proxy=None, _proposals=None)
+        return state
+
+
+def _as_weights(weights: Union[str, Weights]) -> Weights:
+    if isinstance(weights, Weights):
+        return weights
+    if not isinstance(weights, str):
+        raise TypeError(
+            "weights must be 'adaptive', 'fixed' or an instance of Weights, got "
+            f"{type(weights).__name__}."
+        )
+    named = {"adaptive": AdaptiveWeights, "fixed": FixedWeights}
+    if weights not in named:
+        raise ValueError(
+            f"weights must be 'adaptive', 'fixed' or an instance of Weights, got "
+            f"{weights!r}."
+        )
+    return named[weights]()
+
+
+def _check_simulations(theta: Any, x: Any) -> None:
+    """Raise where sbi would not, or not in words of the user's."""
+    if not (isinstance(theta, Tensor) and isinstance(x, Tensor)):
+        return  # sbi says it well
+    if theta.ndim != 2:
+        raise ValueError(
+            "theta must have shape (num_simulations, num_parameters), got "
+            f"{tuple(theta.shape)}. For a single parameter use theta.reshape(-1, 1)."
+        )
+    if len(theta) != len(x):
+        raise ValueError(
+            "theta and x must hold as many parameters as simulations, got "
+            f"{len(theta)} and {len(x)}."
+        )
+    if not torch.isfinite(theta).all():
+        bad = (~torch.isfinite(theta)).any(-1).sum().item()
+        raise ValueError(
+            f"{bad} of {len(theta)} parameter sets in theta are NaN or infinite. "
+            "Simulations may fail, parameters may not: check how they were drawn."
+        )
+    constant = (theta == theta[:1]).all(0).nonzero().flatten().tolist()
+    if len(theta) > 1 and constant:
+        raise ValueError(
+            f"Column(s) {constant} of theta are constant. A parameter that never "
+            "varies has no posterior: leave it out of theta and of the prior."
+        )
+
+
+def _means(divergences: Divergences, kernel: Tensor) -> List[float]:
+    return [
+        (kernel * part.detach()).mean().item()
+        for part in (
+            divergences.forward_kl,
+            divergences.reverse_kl,
+            divergences.proxy_forward_kl,
+        )
+    ]

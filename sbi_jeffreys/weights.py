@@ -1,0 +1,228 @@
+r"""Weights of the three divergences: fixed, or dual variables of the resilient problem.
+
+.. math:: \min_{\phi, \psi, u \ge 0} \sum_i h(u_i) \quad \text{subject to} \quad
+    \mathrm{KL}(\pi \Vert p) \le u_1, \;
+    \mathrm{KL}(p \Vert q) \le u_2, \;
+    \mathrm{KL}(\pi \Vert q) \le u_3
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from sbi_jeffreys.relaxation import HuberRelaxation, Relaxation
+
+
+class Weights(ABC):
+    r"""Weights $\lambda$ of the three divergences and who lowers the second.
+
+    $D_2 = \mathrm{KL}(p \Vert q)$ falls when the flow moves to the proxy and when the
+    proxy moves to the flow. The flow's gradient of $D_2$ is multiplied by
+    `flow_share`, the proxy's by `proxy_share`.
+
+    Attributes:
+        dual_variables: $\lambda$, of shape `(3,)`.
+        trust: The probability that the proxy is nearer to the truth than the flow.
+    """
+
+    dual_variables: Tensor
+    trust: float
+
+    @property
+    @abstractmethod
+    def flow_share(self) -> float:
+        """Share of the reverse divergence that the flow is asked to lower."""
+
+    @property
+    @abstractmethod
+    def proxy_share(self) -> float:
+        """Share of the reverse divergence that the proxy is asked to lower."""
+
+    @abstractmethod
+    def update(self, validation: "ValidationDivergences") -> None:
+        """Take one dual step, after an epoch.
+
+        Args:
+            validation: Divergences on simulations that neither model was fitted to.
+        """
+
+    @abstractmethod
+    def start_round(self) -> None:
+        """Forget what does not carry over to a new round of simulations."""
+
+    @abstractmethod
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the state as plain numbers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class ValidationDivergences:
+    r"""The divergences on validation simulations.
+
+    Args:
+        forward_kl: $-\log p(\theta \mid x)$ of every simulation, `(num,)`.
+        reverse_kl: Estimate of $\mathrm{KL}(p \Vert q)$ at every $x$, `(num,)`.
+        proxy_forward_kl: $-\log q(\theta \mid x)$ of every simulation, `(num,)`.
+    """
+
+    def __init__(
+        self, forward_kl: Tensor, reverse_kl: Tensor, proxy_forward_kl: Tensor
+    ) -> None:
+        self.forward_kl = forward_kl.mean().item()
+        self.reverse_kl = reverse_kl.mean().item()
+        self.proxy_forward_kl = proxy_forward_kl.mean().item()
+        difference = forward_kl - proxy_forward_kl
+        #: Validation advantage of the proxy, $D_1 - D_3$, in nats. The entropy that
+        #: neither knows cancels.
+        self.advantage = difference.mean().item()
+        num = len(difference)
+        #: Its standard error, from the paired differences.
+        self.standard_error = (
+            difference.std().item() / math.sqrt(num) if num > 1 else math.inf
+        )
+
+
+class FixedWeights(Weights):
+    """The penalty form: weights that do not change, shared by both models.
+
+    Args:
+        weights: Weights of forward, reverse and proxy divergence, none negative.
+
+    Raises:
+        ValueError: If they are not three non-negative numbers.
+    """
+
+    def __init__(self, weights: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
+        self.dual_variables = torch.as_tensor(weights, dtype=torch.float32)
+        if self.dual_variables.shape != (3,) or (self.dual_variables < 0).any():
+            raise ValueError(
+                "weights must be three non-negative numbers, for forward, reverse and "
+                f"proxy divergence; got {weights!r}."
+            )
+        self.trust = math.nan
+
+    @property
+    def flow_share(self) -> float:
+        return 1.0
+
+    @property
+    def proxy_share(self) -> float:
+        return 1.0
+
+    def update(self, validation: ValidationDivergences) -> None:
+        pass
+
+    def start_round(self) -> None:
+        pass
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        pass
+
+
+class AdaptiveWeights(Weights):
+    r"""Dual variables of the resilient problem, found by dual ascent.
+
+    After every epoch, on validation simulations,
+
+    .. math:: \lambda_i \leftarrow [\lambda_i + \eta (D_i - u_i)]_+, \qquad
+        u_i = (h')^{-1}(\lambda_i)
+
+    **Entropy.** $D_1$ and $D_3$ are known up to the entropy $H$ of the truth. Both
+    models bound it from above, so the baseline is the lowest validation loss that
+    either has reached so far. Its error is the divergence of the better model.
+    Rescaling $\theta$ shifts losses and baseline alike and changes no dual variable.
+
+    **Trust.** A proxy that is worse than the flow drags it away. The validation
+    advantage of the proxy, $D_1 - D_3$, needs no entropy; with its standard error $s$
+
+    .. math:: \tau = \Phi((D_1 - D_3) / s)
+
+    is the probability that the proxy is nearer to the truth. Of the reverse divergence
+    the flow is asked to lower the share $\tau$, the proxy the share $1 - \tau$: each
+    learns from the other as far as the other is known to be better.
+
+    Args:
+        relaxation: Cost $h$ of relaxing a constraint.
+        dual_learning_rate: Step $\eta$ of the dual ascent, per epoch and nat.
+        smoothing: Share of the past in the moving averages of divergences and trust,
+            between 0 and 1.
+
+    Raises:
+        ValueError: If the step is not positive or the smoothing not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        relaxation: Optional[Relaxation] = None,
+        dual_learning_rate: float = 0.05,
+        smoothing: float = 0.8,
+    ) -> None:
+        if not dual_learning_rate > 0:
+            raise ValueError(
+                f"dual_learning_rate must be positive, got {dual_learning_rate}."
+            )
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must be in [0, 1), got {smoothing}.")
+        self.h = HuberRelaxation() if relaxation is None else relaxation
+        self.dual_learning_rate = dual_learning_rate
+        self.smoothing = smoothing
+        self.dual_variables = torch.ones(3)
+        #: Lowest validation loss of either model, the bound of the entropy.
+        self.entropy_baseline = math.inf
+        # The proxy earns trust: until the first validation it has none.
+        self.trust = 0.0
+
+    @property
+    def flow_share(self) -> float:
+        return self.trust
+
+    @property
+    def proxy_share(self) -> float:
+        return 1.0
+
+    def update(self, validation: ValidationDivergences) -> None:
+        v = validation
+        losses = [v.forward_kl, v.proxy_forward_kl]
+        self.entropy_baseline = min([
+            self.entropy_baseline,
+            *filter(math.isfinite, losses),
+        ])
+        violations = torch.tensor([
+            v.forward_kl - self.entropy_baseline,
+            max(v.reverse_kl, 0.0),
+            v.proxy_forward_kl - self.entropy_baseline,
+        ])
+        # An infinite loss says no more than a large one: the bound takes care.
+        violations = torch.nan_to_num(violations, nan=0.0, posinf=1e6, neginf=0.0)
+        step = violations - self.h.relaxation(self.dual_variables)
+        self.dual_variables = (
+            self.dual_variables + self.dual_learning_rate * step
+        ).clamp(0.0, self.h.dual_bound)
+        z = v.advantage / max(v.standard_error, 1e-12)
+        trust = 0.5 * (1 + math.erf(z / math.sqrt(2))) if math.isfinite(z) else 0.0
+        self.trust = self.smoothing * self.trust + (1 - self.smoothing) * trust
+
+    def start_round(self) -> None:
+        # Another round's simulations have another entropy; the duals carry over.
+        self.entropy_baseline = math.inf
+
+    def state_dict(self) -> Dict[str, Any]:
+        return {
+            "dual_variables": self.dual_variables.tolist(),
+            "entropy_baseline": self.entropy_baseline,
+            "trust": self.trust,
+        }
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self.dual_variables = torch.tensor(state["dual_variables"])
+        self.entropy_baseline = state["entropy_baseline"]
+        self.trust = state["trust"]
