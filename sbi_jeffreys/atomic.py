@@ -39,8 +39,16 @@ def atomic_proxy_loss(
 
     Returns:
         Of shape `(batch_dim,)`.
+
+    Raises:
+        ValueError: If the batch holds a single simulation.
     """
     batch_dim = len(theta)
+    if batch_dim < 2:
+        raise ValueError(
+            "The atomic loss tells simulations of a batch from each other and needs "
+            "two or more; got a batch of 1. Change training_batch_size."
+        )
     num_atoms = max(2, min(num_atoms, batch_dim))
     others = (1 - torch.eye(batch_dim, device=theta.device)) / (batch_dim - 1)
     choices = torch.multinomial(others, num_atoms - 1, replacement=False)

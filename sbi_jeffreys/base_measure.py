@@ -7,7 +7,7 @@ ratio; with the Lebesgue measure it is the plain energy-based model of the paper
 
 import warnings
 from abc import ABC, abstractmethod
-from typing import Callable, Optional
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 from sbi.utils.sbiutils import ImproperEmpirical, within_support
@@ -71,7 +71,8 @@ class BaseMeasure(ABC):
         if inside.all():
             return log_prob(flat).reshape(theta.shape[:-1])
         result = flat.new_full((len(flat),), -torch.inf)
-        result[inside] = log_prob(flat[inside])
+        if inside.any():
+            result[inside] = log_prob(flat[inside])
         return result.reshape(theta.shape[:-1])
 
     def extended_log_prob(self, theta: Tensor, slope: float = 10.0) -> Tensor:
@@ -93,25 +94,35 @@ class BaseMeasure(ABC):
             Extended log density of shape `batch_shape`.
         """
         flat = theta.reshape(-1, theta.shape[-1])
-        clamped = self.nearest_inside(flat.detach())
-        inside = within_support(self.reference, flat.detach())
+        nearest = self.nearest_inside(flat.detach())
+        stays = (flat.detach() == nearest).all(-1)
         # Inside the gradient is that of log b itself; outside that of the cost.
-        point = torch.where(inside.unsqueeze(-1), flat, clamped)
-        beyond = ((flat - clamped) / self.scale).abs().sum(-1)
+        point = torch.where(stays.unsqueeze(-1), flat, nearest)
+        beyond = ((flat - nearest) / self.scale).abs().sum(-1)
         log_b = self._log_prob_inside(point)
-        log_b = log_b - slope * torch.where(inside, torch.zeros_like(beyond), beyond)
+        log_b = log_b - slope * torch.where(stays, torch.zeros_like(beyond), beyond)
         return log_b.reshape(theta.shape[:-1])
 
     def nearest_inside(self, theta: Tensor) -> Tensor:
-        """Return the nearest point of the support, of the shape of `theta`."""
-        bounds = _box_bounds(self.reference)
+        """Return the nearest point of the support, of the shape of `theta`.
+
+        Where the support is no box, that is the mean of the simulated parameters.
+
+        Args:
+            theta: Parameters of shape `(batch_dim, *input_shape)`.
+        """
+        bounds = _box_bounds(self.reference, theta.shape[-1])
         if bounds is not None:
-            low, high = bounds
-            # A step inside: uniform densities exclude their upper bound.
-            step = 1e-6 * self.scale
-            return torch.minimum(torch.maximum(theta, low + step), high - step)
-        inside = within_support(self.reference, theta).unsqueeze(-1)
-        return torch.where(inside, theta, self.center.expand_as(theta))
+            low, high = (bound.to(theta) for bound in bounds)
+            # Strictly inside: a density may be zero on the border, or infinite.
+            # One step of the number format where the spread is below it.
+            step, inf = 1e-6 * self.scale, torch.full_like(low, torch.inf)
+            low = torch.maximum(low + step, torch.nextafter(low, inf))
+            high = torch.minimum(high - step, torch.nextafter(high, -inf))
+            theta = torch.minimum(torch.maximum(theta, low), high)
+        # A prior may be zero within the support that it names.
+        inside = torch.isfinite(self.reference_log_prob(theta))
+        return torch.where(inside.unsqueeze(-1), theta, self.center)
 
     def to(self, device: str | torch.device) -> "BaseMeasure":
         """Move to `device` and return self."""
@@ -162,10 +173,10 @@ def make_base_measure(
                 stacklevel=2,
             )
         spread = torch.atleast_2d(torch.cov(theta.T))
-        jitter = 1e-6 * spread.diagonal().mean().clamp_min(1e-12)
+        jitter = 1e-6 * torch.diag(spread.diagonal().clamp_min(1e-30))
         reference = MultivariateNormal(
             theta.mean(0),
-            4 * spread + jitter * torch.eye(theta.shape[-1], device=theta.device),
+            4 * spread + jitter,
             validate_args=False,
         )
         return LebesgueMeasure(reference, theta)
@@ -173,21 +184,37 @@ def make_base_measure(
     return measure(prior, theta)
 
 
-def _box_bounds(distribution: Distribution) -> Optional[tuple[Tensor, Tensor]]:
+def _box_bounds(
+    distribution: Distribution, num_parameters: int
+) -> Optional[Tuple[Tensor, Tensor]]:
     """Return lower and upper bounds of a support that is a box, else None."""
     try:
-        constraint = distribution.support
-    except (NotImplementedError, AttributeError):
+        return _constraint_bounds(distribution.support, num_parameters)
+    except (NotImplementedError, AttributeError):  # no support, or none known
         return None
+
+
+def _constraint_bounds(
+    constraint: Any, num_parameters: int
+) -> Optional[Tuple[Tensor, Tensor]]:
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
+    if isinstance(constraint, constraints.cat):  # sbi's MultipleIndependent
+        parts = [
+            _constraint_bounds(part, length)
+            for part, length in zip(constraint.cseq, constraint.lengths, strict=True)
+        ]
+        if any(part is None for part in parts):
+            return None
+        low, high = zip(*(part for part in parts if part is not None), strict=True)
+        return torch.cat(low), torch.cat(high)
     low = getattr(constraint, "lower_bound", None)
     high = getattr(constraint, "upper_bound", None)
-    if low is None and high is None:
+    if low is None and high is None and constraint is not constraints.real:
         return None
-    low = torch.as_tensor(-torch.inf if low is None else low)
-    high = torch.as_tensor(torch.inf if high is None else high)
-    return low, high
+    low = torch.as_tensor(-torch.inf if low is None else low, dtype=torch.float32)
+    high = torch.as_tensor(torch.inf if high is None else high, dtype=torch.float32)
+    return low.expand(num_parameters), high.expand(num_parameters)
 
 
 def _differentiable_log_prob(

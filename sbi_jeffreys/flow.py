@@ -4,6 +4,9 @@ from typing import Tuple
 
 import torch
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
+from sbi.neural_nets.estimators.mixture_density_estimator import (
+    MixtureDensityEstimator,
+)
 from sbi.neural_nets.estimators.nflows_flow import NFlowsFlow
 from torch import Tensor
 from torch.func import functional_call
@@ -92,6 +95,9 @@ def check_has_rsample(flow: ConditionalDensityEstimator, x: Tensor) -> None:
         "normalizing flow: 'maf', 'nsf', 'maf_rqs' or one of posterior_nn's "
         "'zuko_...' flows, or train this estimator with sbi.inference.NPE."
     )
+    if isinstance(flow, MixtureDensityEstimator):
+        # Its samples carry gradients, but none to the weights of the components.
+        raise ValueError(f"Samples of a mixture are not differentiable. {mend}")
     with torch.enable_grad():
         try:
             theta, log_prob = rsample_and_log_prob(flow, 2, x)

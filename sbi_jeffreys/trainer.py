@@ -1,5 +1,6 @@
 """`JeffreysNPE`: neural posterior estimation under the adaptive Jeffreys objective."""
 
+import math
 import warnings
 from copy import deepcopy
 from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, Union
@@ -11,6 +12,7 @@ from sbi.inference.trainers._contracts import LossArgs, LossArgsNPE, TrainConfig
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from sbi.neural_nets.estimators.base import ConditionalEstimatorBuilder
 from sbi.sbi_types import Tracker
+from sbi.utils.torchutils import assert_all_finite
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.utils.clip_grad import clip_grad_norm_
@@ -18,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from sbi_jeffreys.atomic import atomic_proxy_loss
-from sbi_jeffreys.energy import EnergyBuilder, energy_nn
+from sbi_jeffreys.energy import ConditionalEnergy, EnergyBuilder, energy_nn
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.flow import check_has_rsample
 from sbi_jeffreys.objective import Divergences, JeffreysObjective, Proposals
@@ -145,8 +147,24 @@ class JeffreysNPE(NPE):
         self._build_neural_net = self._build_estimator
         self._initial_weights = _as_weights(weights)
         self.objective = JeffreysObjective() if objective is None else objective
+        if not callable(self._build_proxy):
+            raise TypeError(
+                "energy_estimator must be a builder such as energy_nn(...) returns, "
+                f"got {type(energy_estimator).__name__}."
+            )
+        if not isinstance(self.objective, JeffreysObjective):
+            raise TypeError(
+                "objective must be a JeffreysObjective, got "
+                f"{type(objective).__name__}."
+            )
         self._summary.update({name: [] for name in EPOCH_METRICS})
-        self._reset_training()
+        self._weights = deepcopy(self._initial_weights)
+        self._proposals: Optional[Proposals] = None
+        self._epoch_metrics: Dict[str, float] = {}
+        self._num_skipped_steps = 0
+        # Validation loss, epoch and state of either model at its best: the flow and
+        # the proxy need not be at their best in the same epoch.
+        self._best: Dict[str, Tuple[float, int, Dict[str, Tensor]]] = {}
 
     @property
     def weights(self) -> Weights:
@@ -215,13 +233,16 @@ class JeffreysNPE(NPE):
             return loaders
         tensors = loaders[0].dataset.tensors  # type: ignore[attr-defined]
         dataset = TensorDataset(*tensors, torch.arange(len(tensors[0])))
+        # sbi's loaders leave out what does not fill a batch. Of the few simulations
+        # for validation that is a waste; but later rounds' loss needs full batches.
+        drop_last = (True, self._round > 0)
         train, val = (
             DataLoader(
                 dataset,
-                sampler=BatchSampler(loader.sampler, loader.batch_size or 1, drop_last),
+                sampler=BatchSampler(loader.sampler, loader.batch_size or 1, drop),
                 batch_size=None,
             )
-            for loader, drop_last in zip(loaders, (True, False), strict=True)
+            for loader, drop in zip(loaders, drop_last, strict=True)
         )
         return train, val
 
@@ -255,6 +276,12 @@ class JeffreysNPE(NPE):
             return super().build_posterior(
                 density_estimator, prior, sample_with, *args, **kwargs
             )
+        if args or kwargs:
+            unused = [*map(repr, args), *kwargs]
+            raise TypeError(
+                f"sample_with='refined' takes no {', '.join(unused)}. Its keywords go "
+                "into refined_sampling_parameters={...}."
+            )
         prior = self._resolve_prior(prior, "direct")
         estimator, device = self._resolve_estimator(density_estimator)
         self._posterior = RefinedPosterior(
@@ -268,15 +295,16 @@ class JeffreysNPE(NPE):
     def _build_estimator(self, theta: Tensor, x: Tensor) -> JeffreysEstimator:
         flow = self._build_flow(theta, x)
         check_has_rsample(flow, x[:3])
-        return JeffreysEstimator(flow, self._build_proxy(theta, x, self._prior))
-
-    def _reset_training(self) -> None:
+        proxy = self._build_proxy(theta, x, self._prior)
+        if not isinstance(proxy, ConditionalEnergy):
+            raise TypeError(
+                "The builder given as `energy_estimator` must return a "
+                f"ConditionalEnergy, got {type(proxy).__name__}. Give what "
+                "energy_nn() returns, not energy_nn itself."
+            )
+        # New networks owe nothing to the weights of those before.
         self._weights = deepcopy(self._initial_weights)
-        self._proposals: Optional[Proposals] = None
-        self._epoch_metrics: Dict[str, float] = {}
-        # Validation loss, epoch and state of either model at its best: the flow and
-        # the proxy need not be at their best in the same epoch.
-        self._best: Dict[str, Tuple[float, int, Dict[str, Tensor]]] = {}
+        return JeffreysEstimator(flow, proxy)
 
     def _run_training_loop(
         self,
@@ -289,6 +317,7 @@ class JeffreysNPE(NPE):
         if not train_config.resume_training:
             self._best = {}
             self._proposals = None
+            self._num_skipped_steps = 0
             self._weights.start_round()
         num_epochs = len(self._summary["validation_loss"])
         try:
@@ -299,6 +328,13 @@ class JeffreysNPE(NPE):
             if not self._best:
                 raise
             self._finish_interrupted(num_epochs)
+        if self._num_skipped_steps:
+            warnings.warn(
+                f"{self._num_skipped_steps} training steps had gradients that were not "
+                "finite and were left out. Many of them ask for a lower learning_rate, "
+                "or for outliers to be looked at.",
+                stacklevel=4,
+            )
         estimator = self._estimator
         self._restore_best()
         self._best_val_loss = self._best["flow"][0]
@@ -323,6 +359,7 @@ class JeffreysNPE(NPE):
                 flow, proxy, theta, x, self._proposals_at(batch, train_loader)
             )
             self._apply_round_losses(divergences, batch, loss_args)
+            assert_all_finite(divergences.forward_kl, "JeffreysNPE loss")
 
             self.optimizer.zero_grad()
             forward, reverse, proxy_forward = weights.dual_variables.tolist()
@@ -356,7 +393,7 @@ class JeffreysNPE(NPE):
             )
             if not torch.isfinite(norm):
                 # One bad batch must not cost the network.
-                self.optimizer.zero_grad()
+                self._num_skipped_steps += 1
                 return
         self.optimizer.step()
 
@@ -446,8 +483,8 @@ class JeffreysNPE(NPE):
         validation = ValidationDivergences(forward, reverse, proxy_forward)
         self._weights.update(validation)
         val_loss = torch.cat(flow_losses).mean().item()
-        self._keep_best("flow", estimator.flow, val_loss)
-        self._keep_best("proxy", estimator.proxy, validation.proxy_forward_kl)
+        self._keep_best("proxy", validation.proxy_forward_kl)
+        self._keep_best("flow", val_loss)
         dual_variables = self._weights.dual_variables.tolist()
         self._epoch_metrics.update(
             validation_forward_kl=validation.forward_kl,
@@ -462,15 +499,19 @@ class JeffreysNPE(NPE):
         )
         return val_loss
 
-    def _keep_best(self, name: str, model: torch.nn.Module, loss: float) -> None:
-        if name not in self._best or loss < self._best[name][0]:
+    def _keep_best(self, name: str, loss: float) -> None:
+        model = getattr(self._estimator, name)
+        if name not in self._best or not loss >= self._best[name][0]:
+            # A NaN is worse than any loss, and the first of all is better than none.
+            loss = math.inf if math.isnan(loss) else loss
             state = {key: value.clone() for key, value in model.state_dict().items()}
             self._best[name] = (loss, self.epoch, state)
 
     def _restore_best(self) -> None:
         estimator = self._estimator
-        estimator.flow.load_state_dict(self._best["flow"][2])
         estimator.proxy.load_state_dict(self._best["proxy"][2])
+        # Last, so that an embedding net that both share is the flow's.
+        estimator.flow.load_state_dict(self._best["flow"][2])
         estimator.eval()
 
     def _converged(self, epoch: int, stop_after_epochs: int) -> bool:

@@ -157,7 +157,8 @@ class AdaptiveWeights(Weights):
             between 0 and 1.
 
     Raises:
-        ValueError: If the step is not positive or the smoothing not in [0, 1).
+        ValueError: If the step is not positive, or so large for the curvature of $h$
+            that the ascent overshoots, or if the smoothing is not in [0, 1).
     """
 
     def __init__(
@@ -173,6 +174,13 @@ class AdaptiveWeights(Weights):
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}.")
         self.h = HuberRelaxation() if relaxation is None else relaxation
+        alpha = getattr(self.h, "alpha", math.inf)
+        if dual_learning_rate > alpha:
+            raise ValueError(
+                f"A dual_learning_rate of {dual_learning_rate} overshoots for alpha="
+                f"{alpha}: it must not exceed alpha. FixedWeights are the limit of a "
+                "vanishing alpha."
+            )
         self.dual_learning_rate = dual_learning_rate
         self.smoothing = smoothing
         self.dual_variables = torch.ones(3)
