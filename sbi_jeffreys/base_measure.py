@@ -94,35 +94,35 @@ class BaseMeasure(ABC):
             Extended log density of shape `batch_shape`.
         """
         flat = theta.reshape(-1, theta.shape[-1])
-        nearest = self.nearest_inside(flat.detach())
-        stays = (flat.detach() == nearest).all(-1)
-        # Inside the gradient is that of log b itself; outside that of the cost.
-        point = torch.where(stays.unsqueeze(-1), flat, nearest)
-        beyond = ((flat - nearest) / self.scale).abs().sum(-1)
-        log_b = self._log_prob_inside(point)
-        log_b = log_b - slope * torch.where(stays, torch.zeros_like(beyond), beyond)
-        return log_b.reshape(theta.shape[:-1])
+        nearest = self._clamp(flat.detach())
+        log_b, beyond = self._extend(flat, nearest)
+        outside = ~torch.isfinite(log_b.detach())
+        if outside.any():  # the support is no box, or smaller than it says
+            nearest = torch.where(outside.unsqueeze(-1), self.center, nearest)
+            log_b, beyond = self._extend(flat, nearest)
+        return (log_b - slope * beyond).reshape(theta.shape[:-1])
 
-    def nearest_inside(self, theta: Tensor) -> Tensor:
-        """Return the nearest point of the support, of the shape of `theta`.
+    def _extend(self, theta: Tensor, nearest: Tensor) -> Tuple[Tensor, Tensor]:
+        """Return the density at the nearest points, and the distances to them."""
+        stays = (theta.detach() == nearest).all(-1)
+        # Inside the gradient is that of log b itself; outside that of the distance.
+        point = torch.where(stays.unsqueeze(-1), theta, nearest)
+        beyond = ((theta - nearest) / self.scale).abs().sum(-1)
+        beyond = torch.where(stays, torch.zeros_like(beyond), beyond)
+        return self._log_prob_inside(point), beyond
 
-        Where the support is no box, that is the mean of the simulated parameters.
-
-        Args:
-            theta: Parameters of shape `(batch_dim, *input_shape)`.
-        """
+    def _clamp(self, theta: Tensor) -> Tensor:
+        """Return the nearest points of a support that is a box, else `theta`."""
         bounds = _box_bounds(self.reference, theta.shape[-1])
-        if bounds is not None:
-            low, high = (bound.to(theta) for bound in bounds)
-            # Strictly inside: a density may be zero on the border, or infinite.
-            # One step of the number format where the spread is below it.
-            step, inf = 1e-6 * self.scale, torch.full_like(low, torch.inf)
-            low = torch.maximum(low + step, torch.nextafter(low, inf))
-            high = torch.minimum(high - step, torch.nextafter(high, -inf))
-            theta = torch.minimum(torch.maximum(theta, low), high)
-        # A prior may be zero within the support that it names.
-        inside = torch.isfinite(self.reference_log_prob(theta))
-        return torch.where(inside.unsqueeze(-1), theta, self.center)
+        if bounds is None:
+            return theta
+        low, high = (bound.to(theta) for bound in bounds)
+        # Strictly inside: a density may be zero on the border, or infinite. One step
+        # of the number format where the spread is below it.
+        step, inf = 1e-6 * self.scale, torch.full_like(low, torch.inf)
+        low = torch.maximum(low + step, torch.nextafter(low, inf))
+        high = torch.minimum(high - step, torch.nextafter(high, -inf))
+        return torch.minimum(torch.maximum(theta, low), high)
 
     def to(self, device: str | torch.device) -> "BaseMeasure":
         """Move to `device` and return self."""
@@ -144,7 +144,8 @@ class LebesgueMeasure(BaseMeasure):
     r"""The Lebesgue measure on the support of the reference, $b = 1$."""
 
     def _log_prob_inside(self, theta: Tensor) -> Tensor:
-        return theta.new_zeros(len(theta))
+        inside = torch.isfinite(self.reference_log_prob(theta.detach()))
+        return torch.where(inside, 0.0, -torch.inf).to(theta)
 
 
 def make_base_measure(
@@ -228,7 +229,9 @@ def _differentiable_log_prob(
     if not (torch.is_grad_enabled() and theta.requires_grad):
         return distribution.log_prob(theta)
     try:
-        return distribution.log_prob(theta)
+        log_prob = distribution.log_prob(theta)
+        if log_prob.requires_grad or (log_prob == log_prob[:1]).all():
+            return log_prob  # its own gradient, or uniform
     except RuntimeError:  # "Can't call numpy() on Tensor that requires grad."
         pass
     point = theta.detach()

@@ -259,6 +259,12 @@ def energy_nn(
     embedding_net = check_net_device(
         embedding_net, "cpu", "The embedding net is moved to the CPU for building."
     )
+    for name, z_score in (("z_score_theta", z_score_theta), ("z_score_x", z_score_x)):
+        if z_score not in ("independent", "structured", "none", None):
+            raise ValueError(
+                f"{name} must be 'independent', 'structured', 'none' or None, got "
+                f"{z_score!r}."
+            )
     if base_measure not in ("prior", "lebesgue"):
         raise ValueError(
             f"base_measure must be 'prior' or 'lebesgue', got {base_measure!r}."

@@ -32,6 +32,12 @@ class JeffreysEstimator(ConditionalDensityEstimator):
         self.register_buffer("_exponent", torch.zeros(()))
 
     @property
+    def shares_parameters(self) -> bool:
+        """Whether flow and proxy have parameters in common: an embedding net."""
+        of_flow = {id(parameter) for parameter in self.flow.parameters()}
+        return any(id(parameter) in of_flow for parameter in self.proxy.parameters())
+
+    @property
     def exponent(self) -> float:
         r"""Exponent $\beta$ of the refined posterior, see `sbi_jeffreys.refinement`."""
         return self._exponent.item()

@@ -11,13 +11,13 @@ from sbi.neural_nets.estimators.shape_handling import (
 )
 from sbi.sbi_types import Shape
 from sbi.utils.sbiutils import mcmc_transform, within_support
-from sbi.utils.torchutils import ensure_theta_batched
+from sbi.utils.torchutils import ensure_theta_batched, process_device
 from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.partition import LogPartition, from_log_weights
-from sbi_jeffreys.refinement import log_ratio, sample_with_log_ratio, temper
+from sbi_jeffreys.refinement import sample_with_log_ratio, temper
 
 
 class RefinedPotential(BasePotential):
@@ -46,6 +46,12 @@ class RefinedPotential(BasePotential):
         self.estimator = estimator
         self.exponent = exponent
 
+    def to(self, device: Union[str, torch.device]) -> "RefinedPotential":
+        """Move estimator, prior and observation to `device` and return self."""
+        super().to(device)
+        self.estimator.to(device)
+        return self
+
     def __call__(self, theta: Tensor, track_gradients: bool = True) -> Tensor:
         """Return the potential at parameters of shape `(num, *input_shape)`.
 
@@ -62,7 +68,7 @@ class RefinedPotential(BasePotential):
             inside = within_support(self.prior, theta)
             points = theta.unsqueeze(1)
             log_p = self.estimator.log_prob(points, x)
-            log_w = log_ratio(self.estimator.flow, self.estimator.proxy, points, x)
+            log_w = self.estimator.proxy.log_unnormalized(points, x) - log_p
             potential = (log_p + temper(log_w, self.exponent)).squeeze(1)
             return torch.where(inside, potential, -torch.inf)
 
@@ -132,6 +138,28 @@ class RefinedPosterior(NeuralPosterior):
         self._purpose = (
             """It samples the flow and resamples with the proxy's weights."""
         )
+
+    def to(self, device: Union[str, torch.device]) -> None:
+        """Move estimator, prior and the default `x` to `device`.
+
+        Args:
+            device: Device to move to.
+        """
+        device = process_device(device)
+        x = self._x
+        if hasattr(self.prior, "to"):
+            moved = self.prior.to(device)  # type: ignore[attr-defined]
+            self.prior = self.prior if moved is None else moved
+        self.__init__(
+            self.posterior_estimator.to(device),
+            self.prior,
+            self.exponent,
+            self.oversampling_factor,
+            self.max_sampling_batch_size,
+            device,
+        )
+        if x is not None:
+            self.set_default_x(x.to(device))
 
     def sample(
         self,

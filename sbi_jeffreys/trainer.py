@@ -338,6 +338,12 @@ class JeffreysNPE(NPE):
         estimator = self._estimator
         self._restore_best()
         self._best_val_loss = self._best["flow"][0]
+        if not math.isfinite(self._best_val_loss):
+            raise ValueError(
+                "The validation loss of the flow was never finite, so that no network "
+                "can be chosen. Look for NaN, infinite or extreme values in theta and "
+                "x, and try a lower learning_rate."
+            )
         estimator.exponent = self._choose_exponent(val_loader)
         return estimator
 
@@ -471,7 +477,7 @@ class JeffreysNPE(NPE):
                 flow_losses.append(kernel * divergences.forward_kl)
                 parts.append((
                     flow_losses[-1],
-                    divergences.reverse_kl,
+                    kernel * divergences.reverse_kl,
                     kernel * divergences.proxy_forward_kl,
                     log_partition.value,
                     log_partition.effective_sample_size,
@@ -501,17 +507,19 @@ class JeffreysNPE(NPE):
 
     def _keep_best(self, name: str, loss: float) -> None:
         model = getattr(self._estimator, name)
-        if name not in self._best or not loss >= self._best[name][0]:
-            # A NaN is worse than any loss, and the first of all is better than none.
-            loss = math.inf if math.isnan(loss) else loss
-            state = {key: value.clone() for key, value in model.state_dict().items()}
-            self._best[name] = (loss, self.epoch, state)
+        loss = math.inf if math.isnan(loss) else loss
+        if name not in self._best or loss < self._best[name][0]:
+            self._best[name] = (loss, self.epoch, _copy_of_state(model))
+            if name == "flow" and self._estimator.shares_parameters:
+                state = _copy_of_state(self._estimator.proxy)
+                self._best["flow's proxy"] = (loss, self.epoch, state)
 
     def _restore_best(self) -> None:
         estimator = self._estimator
-        estimator.proxy.load_state_dict(self._best["proxy"][2])
-        # Last, so that an embedding net that both share is the flow's.
         estimator.flow.load_state_dict(self._best["flow"][2])
+        # With an embedding net of both, the proxy is that of the flow's best epoch.
+        proxy = "flow's proxy" if estimator.shares_parameters else "proxy"
+        estimator.proxy.load_state_dict(self._best[proxy][2])
         estimator.eval()
 
     def _converged(self, epoch: int, stop_after_epochs: int) -> bool:
@@ -607,6 +615,10 @@ class JeffreysNPE(NPE):
         # Builders are closures, which pickle refuses, as for sbi's own.
         state.update(_build_flow=None, _build_proxy=None, _proposals=None)
         return state
+
+
+def _copy_of_state(model: torch.nn.Module) -> Dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def _as_weights(weights: Union[str, Weights]) -> Weights:

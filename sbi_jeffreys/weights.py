@@ -100,9 +100,12 @@ class FixedWeights(Weights):
 
     def __init__(self, weights: Sequence[float] = (1.0, 1.0, 1.0)) -> None:
         self.dual_variables = torch.as_tensor(weights, dtype=torch.float32)
-        if self.dual_variables.shape != (3,) or (self.dual_variables < 0).any():
+        if (
+            self.dual_variables.shape != (3,)
+            or not ((self.dual_variables >= 0) & self.dual_variables.isfinite()).all()
+        ):
             raise ValueError(
-                "weights must be three non-negative numbers, for forward, reverse and "
+                "weights must be three finite, non-negative numbers, for forward, reverse and "
                 f"proxy divergence; got {weights!r}."
             )
         self.trust = math.nan

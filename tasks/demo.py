@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sbi.analysis import pairplot
 from sbi.inference import NPE, simulate_for_sbi
@@ -85,12 +86,12 @@ def _reference(task: Task) -> tuple[Tensor, Tensor, str]:
         # The observation is in the same download: simulate one.
         print(f"The published reference is not to be had.\n{error}")
         x_o = task.simulator(torch.tensor([[0.3, -0.2]]))
-        reference = task.reference_posterior(x_o).sample((NUM_SAMPLES,))
+        reference = task.reference_posterior(x_o).sample(torch.Size((NUM_SAMPLES,)))
         return reference, x_o, "the task's closed form, at a simulated observation"
 
 
-def _corner(samples: dict[str, Tensor]) -> plt.Figure:
-    figure, _ = pairplot(
+def _corner(samples: dict[str, Tensor]) -> Figure:
+    pairplot(
         list(samples.values()),
         upper="scatter",
         diag="kde",
@@ -101,6 +102,7 @@ def _corner(samples: dict[str, Tensor]) -> plt.Figure:
             {"mpl_kwargs": {"color": color, "s": 1, "alpha": 0.2}} for color in COLORS
         ],
     )
+    figure = plt.gcf()
     figure.legend(
         handles=[
             Line2D([], [], color=color, label=name)
@@ -112,7 +114,7 @@ def _corner(samples: dict[str, Tensor]) -> plt.Figure:
     return figure
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
