@@ -105,8 +105,8 @@ class FixedWeights(Weights):
             or not ((self.dual_variables >= 0) & self.dual_variables.isfinite()).all()
         ):
             raise ValueError(
-                "weights must be three finite, non-negative numbers, for forward, reverse and "
-                f"proxy divergence; got {weights!r}."
+                "weights must be three finite, non-negative numbers, for forward, "
+                f"reverse and proxy divergence; got {weights!r}."
             )
         self.trust = math.nan
 

@@ -1,0 +1,84 @@
+"""The demonstration runs, online and offline, and its plots show what they should."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from sbi.inference import NPE
+
+from sbi_jeffreys import JeffreysNPE, NoTracker
+from sbi_jeffreys.plots import plot_training
+from tasks import demo
+from tasks.reference import ReferenceDataError
+from tasks.two_moons import TwoMoons
+
+
+@pytest.fixture
+def short_demo(monkeypatch):
+    """Few simulations, samples and epochs: what is printed and saved stays."""
+
+    def shorten(trainer):
+        class Short(trainer):
+            def train(self, **kwargs):
+                return super().train(max_num_epochs=3, **kwargs)
+
+        return Short
+
+    monkeypatch.setattr(demo, "NUM_SIMULATIONS", 200)
+    monkeypatch.setattr(demo, "NUM_SAMPLES", 300)
+    monkeypatch.setattr(demo, "NPE", shorten(NPE))
+    monkeypatch.setattr(demo, "JeffreysNPE", shorten(JeffreysNPE))
+
+
+def _refuse(self, n):
+    raise ReferenceDataError("offline: put sbibm-1.1.0 there")
+
+
+@pytest.mark.filterwarnings("ignore:Maximum number of epochs")
+def test_offline_the_demo_says_so_and_takes_the_closed_form(
+    short_demo, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(TwoMoons, "reference_posterior_samples", _refuse)
+    demo.main(tmp_path / "plots")
+    printed = capsys.readouterr().out
+    assert "offline: put sbibm-1.1.0 there" in printed
+    assert "the task's closed form" in printed
+    for name in ("NPE", "JeffreysNPE", "refined"):
+        assert f"{name}" in printed
+    assert printed.count("C2ST 0.") + printed.count("C2ST 1.") == 3
+    for name in ("posterior.png", "training.png"):
+        image = plt.imread(tmp_path / "plots" / name)
+        assert image.shape[0] > 100
+        assert image.std() > 0.01  # not blank
+
+
+def test_plot_training_draws_the_summary():
+    torch.manual_seed(0)
+    task = TwoMoons()
+    theta = task.prior.sample((150,))
+    inference = JeffreysNPE(task.prior, tracker=NoTracker(), show_progress_bars=False)
+    with pytest.warns(UserWarning, match="Maximum number of epochs"):
+        inference.append_simulations(theta, task.simulator(theta)).train(
+            max_num_epochs=4
+        )
+    figure, axes = plot_training(inference.summary, fig_kwargs={"figsize": (9, 2)})
+    lines = {line.get_label(): line for ax in axes for line in ax.get_lines()}
+    drawn = lines["proxy, $D_3$"].get_ydata()
+    assert list(drawn) == inference.summary["validation_proxy_forward_kl"]
+    assert (
+        list(lines[r"$\lambda_2$"].get_ydata())
+        == (inference.summary["dual_reverse_kl"])
+    )
+    assert len(drawn) == sum(inference.summary["epochs_trained"])
+    plt.close(figure)
+
+
+def test_plot_training_wants_a_trained_inference():
+    untrained = JeffreysNPE(tracker=NoTracker())
+    with pytest.raises(ValueError, match="holds no epoch of JeffreysNPE"):
+        plot_training(untrained.summary)
+    with pytest.raises(ValueError, match="holds no epoch of JeffreysNPE"):
+        plot_training(NPE(tracker=NoTracker()).summary)
