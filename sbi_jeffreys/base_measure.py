@@ -12,7 +12,12 @@ from typing import Any, Callable, Optional, Tuple
 import torch
 from sbi.utils.sbiutils import ImproperEmpirical, within_support
 from torch import Tensor
-from torch.distributions import Distribution, MultivariateNormal, constraints
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MultivariateNormal,
+    constraints,
+)
 
 
 class BaseMeasure(ABC):
@@ -164,6 +169,9 @@ def make_base_measure(
     Returns:
         The base measure.
 
+    Raises:
+        ValueError: If the prior is over another number of parameters.
+
     """
     if prior is None or isinstance(prior, ImproperEmpirical):
         if name == "prior":
@@ -181,6 +189,15 @@ def make_base_measure(
             validate_args=False,
         )
         return LebesgueMeasure(reference, theta)
+    if not prior.event_shape and len(prior.batch_shape) == 1:
+        # sbi takes Uniform(low, high) with vectors for a prior over a vector.
+        prior = Independent(prior, 1, validate_args=False)
+    num_parameters = theta.shape[-1]
+    if prior.event_shape and prior.event_shape != (num_parameters,):
+        raise ValueError(
+            f"theta has {num_parameters} parameters, but the prior is over "
+            f"{prior.event_shape.numel()}."
+        )
     measure = PriorMeasure if name == "prior" else LebesgueMeasure
     return measure(prior, theta)
 

@@ -12,6 +12,7 @@ from sbi.inference.trainers._contracts import LossArgs, LossArgsNPE, TrainConfig
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from sbi.neural_nets.estimators.base import ConditionalEstimatorBuilder
 from sbi.sbi_types import Tracker
+from sbi.utils.sbiutils import within_support
 from sbi.utils.torchutils import assert_all_finite
 from torch import Tensor
 from torch.distributions import Distribution
@@ -186,6 +187,8 @@ class JeffreysNPE(NPE):
                 simulations differ.
         """
         _check_simulations(theta, x)
+        if proposal is None:
+            _warn_if_outside(self._prior, theta)
         return super().append_simulations(
             theta, x, proposal, exclude_invalid_x, data_device
         )
@@ -216,11 +219,11 @@ class JeffreysNPE(NPE):
             )
             if round_ >= starting_round
         )
-        if not 0 < int((1 - validation_fraction) * num) < num:
+        if not 2 <= int((1 - validation_fraction) * num) < num:
             raise ValueError(
                 f"{num} valid simulations with validation_fraction="
-                f"{validation_fraction} leave none for training or for validation. "
-                "At least 2 are needed; a useful fit needs hundreds."
+                f"{validation_fraction} leave fewer than two for training or none for "
+                "validation. At least 3 are needed; a useful fit needs hundreds."
             )
         loaders = super().get_dataloaders(
             starting_round,
@@ -282,6 +285,8 @@ class JeffreysNPE(NPE):
                 f"sample_with='refined' takes no {', '.join(unused)}. Its keywords go "
                 "into refined_sampling_parameters={...}."
             )
+        if density_estimator is None and self._neural_net is None:
+            raise ValueError("There is no trained network yet: call .train() first.")
         prior = self._resolve_prior(prior, "direct")
         estimator, device = self._resolve_estimator(density_estimator)
         self._posterior = RefinedPosterior(
@@ -294,7 +299,9 @@ class JeffreysNPE(NPE):
 
     def _build_estimator(self, theta: Tensor, x: Tensor) -> JeffreysEstimator:
         flow = self._build_flow(theta, x)
-        check_has_rsample(flow, x[:3])
+        finite = x.flatten(1).isfinite().all(1)
+        if finite.any():
+            check_has_rsample(flow, x[finite][:3])
         proxy = self._build_proxy(theta, x, self._prior)
         if not isinstance(proxy, ConditionalEnergy):
             raise TypeError(
@@ -647,6 +654,13 @@ def _check_simulations(theta: Any, x: Any) -> None:
             "theta must have shape (num_simulations, num_parameters), got "
             f"{tuple(theta.shape)}. For a single parameter use theta.reshape(-1, 1)."
         )
+    if x.ndim < 2:
+        raise ValueError(
+            f"x must have shape (num_simulations, *features), got {tuple(x.shape)}. "
+            "For a single feature use x.reshape(-1, 1)."
+        )
+    if len(theta) == 0:
+        raise ValueError("theta and x hold no simulations.")
     if len(theta) != len(x):
         raise ValueError(
             "theta and x must hold as many parameters as simulations, got "
@@ -663,6 +677,20 @@ def _check_simulations(theta: Any, x: Any) -> None:
         raise ValueError(
             f"Column(s) {constant} of theta are constant. A parameter that never "
             "varies has no posterior: leave it out of theta and of the prior."
+        )
+
+
+def _warn_if_outside(prior: Optional[Distribution], theta: Tensor) -> None:
+    """Warn of parameters that the prior cannot have given: mixed-up units, say."""
+    if prior is None or not isinstance(theta, Tensor):
+        return
+    num_outside = int((~within_support(prior, theta.to(torch.float32))).sum())
+    if num_outside:
+        warnings.warn(
+            f"{num_outside} of {len(theta)} parameter sets lie outside the prior's "
+            "support, where the proxy has no density. Were they drawn from this prior, "
+            "in its units?",
+            stacklevel=3,
         )
 
 
