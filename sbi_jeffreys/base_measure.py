@@ -11,6 +11,7 @@ from typing import Any, Callable, Optional, Tuple
 
 import torch
 from sbi.utils.sbiutils import ImproperEmpirical, within_support
+from sbi.utils.user_input_checks_utils import move_distribution_to_device
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -131,9 +132,9 @@ class BaseMeasure(ABC):
 
     def to(self, device: str | torch.device) -> "BaseMeasure":
         """Move to `device` and return self."""
-        if hasattr(self.reference, "to"):
-            moved = self.reference.to(device)  # type: ignore[attr-defined]
-            self.reference = self.reference if moved is None else moved
+        if self.scale.device == torch.device(device):
+            return self
+        self.reference = move_distribution_to_device(self.reference, device)
         self.scale, self.center = self.scale.to(device), self.center.to(device)
         return self
 
@@ -169,9 +170,6 @@ def make_base_measure(
     Returns:
         The base measure.
 
-    Raises:
-        ValueError: If the prior is over another number of parameters.
-
     """
     if prior is None or isinstance(prior, ImproperEmpirical):
         if name == "prior":
@@ -192,12 +190,6 @@ def make_base_measure(
     if not prior.event_shape and len(prior.batch_shape) == 1:
         # sbi takes Uniform(low, high) with vectors for a prior over a vector.
         prior = Independent(prior, 1, validate_args=False)
-    num_parameters = theta.shape[-1]
-    if prior.event_shape and prior.event_shape != (num_parameters,):
-        raise ValueError(
-            f"theta has {num_parameters} parameters, but the prior is over "
-            f"{prior.event_shape.numel()}."
-        )
     measure = PriorMeasure if name == "prior" else LebesgueMeasure
     return measure(prior, theta)
 

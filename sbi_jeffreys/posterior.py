@@ -12,6 +12,7 @@ from sbi.neural_nets.estimators.shape_handling import (
 from sbi.sbi_types import Shape
 from sbi.utils.sbiutils import mcmc_transform, within_support
 from sbi.utils.torchutils import ensure_theta_batched, process_device
+from sbi.utils.user_input_checks_utils import move_distribution_to_device
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -147,12 +148,9 @@ class RefinedPosterior(NeuralPosterior):
         """
         device = process_device(device)
         x = self._x
-        if hasattr(self.prior, "to"):
-            moved = self.prior.to(device)  # type: ignore[attr-defined]
-            self.prior = self.prior if moved is None else moved
         self.__init__(
             self.posterior_estimator.to(device),
-            self.prior,
+            move_distribution_to_device(self.prior, device),
             self.exponent,
             self.oversampling_factor,
             self.max_sampling_batch_size,

@@ -183,8 +183,8 @@ class JeffreysNPE(NPE):
         """Store simulations for training, see `sbi.inference.NPE.append_simulations`.
 
         Raises:
-            ValueError: If parameters are not finite, or numbers of parameters and
-                simulations differ.
+            ValueError: If parameters are not finite or constant, are not those of the
+                prior, or are not as many as simulations.
         """
         _check_simulations(theta, x)
         if proposal is None:
@@ -332,7 +332,7 @@ class JeffreysNPE(NPE):
                 train_loader, val_loader, train_config, loss_args, summarization_kwargs
             )
         except KeyboardInterrupt:
-            if not self._best:
+            if "flow" not in self._best:
                 raise
             self._finish_interrupted(num_epochs)
         if self._num_skipped_steps:
@@ -684,6 +684,11 @@ def _warn_if_outside(prior: Optional[Distribution], theta: Tensor) -> None:
     """Warn of parameters that the prior cannot have given: mixed-up units, say."""
     if prior is None or not isinstance(theta, Tensor):
         return
+    if prior.event_shape and prior.event_shape != theta.shape[1:]:
+        raise ValueError(
+            f"theta has {theta.shape[1]} parameters, but the prior is over "
+            f"{prior.event_shape.numel()}."
+        )
     num_outside = int((~within_support(prior, theta.to(torch.float32))).sum())
     if num_outside:
         warnings.warn(
