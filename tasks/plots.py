@@ -1,0 +1,233 @@
+"""The plots of the report.
+
+Colours are those of Okabe and Ito, which readers with any colour vision tell apart;
+methods of one family share a colour and differ in marker and line.
+"""
+
+# pandas' own annotations say of most results that they may be one of several types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+
+import itertools
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+
+_STYLES = {
+    "jeffreys": (VERMILLION, "o", "-"),
+    "jeffreys_refined": (VERMILLION, "s", "--"),
+    "jeffreys_fixed": (VERMILLION, "^", ":"),
+    "npe_nsf": (BLUE, "o", "-"),
+    "npe_maf": (BLUE, "s", "--"),
+    "npe_mdn": (BLUE, "^", ":"),
+    "npe_zuko_nsf": (BLUE, "D", "-."),
+    "fmpe": (GREEN, "o", "-"),
+    "npse": (GREEN, "s", "--"),
+    "nle": (ORANGE, "o", "-"),
+    "nre": (PURPLE, "o", "-"),
+    "snpe": (SKY, "o", "-"),
+    "snle": (ORANGE, "s", "--"),
+    "snre": (PURPLE, "s", "--"),
+}
+# For methods that a user adds.
+_OTHERS = list(itertools.product((BLACK, SKY), "vP*Xh<>d", ("-", "--")))
+
+# Published curves, drawn thin and grey for comparison.
+_PUBLISHED = {"NPE": ("--", "x"), "NLE": (":", "+")}
+
+
+def c2st_against_budget(summary: pd.DataFrame, published: pd.DataFrame) -> Figure:
+    """Return C2ST against the number of simulations, a panel for each task.
+
+    Args:
+        summary: What `tasks.report.summarise` returns.
+        published: What `tasks.report.published` returns.
+    """
+    c2st = summary[summary["quantity"] == "c2st"].dropna(subset=["mean"])
+    figure, panels = _panels(sorted(c2st["task"].unique()))
+    for task, axes in panels.items():
+        theirs = published[
+            (published["task"] == task) & (published["source"] == "lueckmann2021")
+        ]
+        for method, (line, marker) in _PUBLISHED.items():
+            curve = theirs[theirs["method"] == method].sort_values("budget")
+            axes.plot(
+                curve["budget"],
+                curve["c2st_mean"],
+                line,
+                marker=marker,
+                color="0.5",
+                linewidth=1,
+                markersize=4,
+                label=f"{method}, published",
+            )
+        for method, style in _styles(c2st["method"]).items():
+            curve = c2st[(c2st["task"] == task) & (c2st["method"] == method)]
+            curve = curve.sort_values("budget")
+            axes.errorbar(
+                curve["budget"],
+                curve["mean"],
+                yerr=curve["std_seeds"].fillna(0.0),
+                capsize=2,
+                label=method,
+                **style,
+            )
+        axes.set_xscale("log")
+    _finish(figure, panels, "simulations")
+    return figure
+
+
+def c2st_against_time(summary: pd.DataFrame) -> Figure:
+    """Return C2ST against the seconds of one training, a panel for each task.
+
+    Larger budgets have larger markers.
+
+    Args:
+        summary: What `tasks.report.summarise` returns.
+    """
+    means = summary.pivot(
+        index=["task", "budget", "method"], columns="quantity", values="mean"
+    )
+    means = means.dropna(subset=["c2st", "training_seconds"]).reset_index()
+    figure, panels = _panels(sorted(means["task"].unique()))
+    sizes = {
+        budget: 25 + 30 * rank
+        for rank, budget in enumerate(sorted(means["budget"].unique()))
+    }
+    for task, axes in panels.items():
+        for method, style in _styles(means["method"]).items():
+            curve = means[(means["task"] == task) & (means["method"] == method)]
+            curve = curve.sort_values("budget")
+            axes.plot(
+                curve["training_seconds"],
+                curve["c2st"],
+                style["linestyle"],
+                color=style["color"],
+                linewidth=1,
+            )
+            axes.scatter(
+                curve["training_seconds"],
+                curve["c2st"],
+                s=curve["budget"].map(sizes),
+                color=style["color"],
+                marker=style["marker"],
+                label=method,
+            )
+        axes.set_xscale("log")
+    budgets = ", ".join(f"{budget:,}" for budget in sizes)
+    _finish(figure, panels, f"seconds of one training\n({budgets} simulations)")
+    return figure
+
+
+def paired_differences(
+    differences: pd.DataFrame, pairs: pd.DataFrame, reference: str
+) -> Figure:
+    """Return the difference of C2ST to each peer, a panel for each budget.
+
+    A small mark is one task and seed, tasks in their own rows; the large mark is the
+    mean over tasks with its 95 % interval.
+
+    Args:
+        differences: What `tasks.report.paired_differences` returns.
+        pairs: What `tasks.report.summarise_pairs` returns.
+        reference: The method that the others are compared with.
+    """
+    budgets = sorted(differences["budget"].unique())
+    peers = list(dict.fromkeys(differences["peer"]))
+    tasks = sorted(differences["task"].unique())
+    height = 1.6 + len(peers) * (0.35 + 0.06 * len(tasks))
+    figure = Figure(figsize=(1.5 + 4.5 * len(budgets), height), layout="constrained")
+    row = figure.subplots(1, len(budgets), squeeze=False, sharey=True)[0]
+    colors = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
+    styles = dict(zip(tasks, zip("osD^vP*Xhd", itertools.cycle(colors)), strict=False))
+    for axes, budget in zip(row, budgets, strict=True):
+        axes.axvline(0.0, color="0.6", linewidth=1)
+        for place, peer in enumerate(peers):
+            axes.axhline(place - 0.15, color="0.9", linewidth=1)
+            here = (differences["budget"] == budget) & (differences["peer"] == peer)
+            for rank, task in enumerate(tasks):
+                values = differences[here & (differences["task"] == task)]
+                marker, color = styles[task]
+                axes.scatter(
+                    values["difference"],
+                    np.full(len(values), place + 0.2 + 0.6 * rank / len(tasks)),
+                    s=14,
+                    marker=marker,
+                    color=color,
+                    label=task,
+                )
+            of_peer = pairs[(pairs["budget"] == budget) & (pairs["peer"] == peer)]
+            overall = of_peer[of_peer["task"] == "all tasks"]
+            overall = of_peer if overall.empty else overall
+            if len(overall) == 1:
+                line = overall.iloc[0]
+                axes.plot(line["mean"], place, "o", color=BLACK, markersize=7)
+                axes.plot(
+                    [line["low"], line["high"]], [place, place], color=BLACK, lw=2
+                )
+        axes.set_yticks(range(len(peers)), peers)
+        axes.set_ylim(len(peers) - 0.1, -0.2)
+        axes.set_title(f"{budget:,} simulations")
+        axes.set_xlabel(f"C2ST of {reference} − C2ST of the peer\n(negative: better)")
+    _legend(figure, row)
+    return figure
+
+
+def _styles(methods: Iterable[str]) -> dict[str, dict]:
+    """Return colour, marker and line of each method, always the same ones."""
+    present = set(methods)
+    styles = {name: style for name, style in _STYLES.items() if name in present}
+    added = sorted(present - set(styles))
+    styles.update(zip(added, itertools.cycle(_OTHERS)))
+    return {
+        name: {"color": color, "marker": marker, "linestyle": line}
+        for name, (color, marker, line) in styles.items()
+    }
+
+
+def _panels(tasks: list[str]) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure with a panel for each task, five in a row at most."""
+    columns = min(len(tasks), 5)
+    rows = math.ceil(len(tasks) / columns)
+    figure = Figure(
+        figsize=(1.5 + 2.8 * columns, 1.4 + 2.6 * rows), layout="constrained"
+    )
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.ravel()[len(tasks) :]:
+        axes.set_visible(False)
+    return figure, dict(zip(tasks, grid.ravel(), strict=False))
+
+
+def _finish(figure: Figure, panels: dict[str, Axes], label: str) -> None:
+    """Label the panels and add one legend for all."""
+    for task, axes in panels.items():
+        axes.axhline(0.5, color="0.8", linewidth=1, zorder=0)
+        axes.set_title(task, fontsize=10)
+        axes.set_ylim(0.48, 1.02)
+        axes.set_xlabel(label, fontsize=9)
+        axes.label_outer()
+    figure.supylabel("C2ST (0.5 is perfect)", fontsize=10)
+    _legend(figure, list(panels.values()))
+
+
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """Add one legend below the figure."""
+    entries = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside lower center",
+        ncols=min(5, max(1, len(entries))),
+        fontsize=8,
+        frameon=False,
+    )

@@ -1,0 +1,480 @@
+r"""Tables and plots of a result table.
+
+The spread of a metric m of one (task, budget, method) has two parts. With m(s, o) for
+seed s and observation o,
+
+- over seeds: the standard deviation over s of the mean over o of m(s, o);
+- over observations: the standard deviation over o of the mean over s of m(s, o).
+
+Both are sample standard deviations (divided by n − 1), and not given for n = 1.
+
+The paired view compares a reference method with each peer on the same simulations: the
+difference of a seed is the mean over observations of C2ST(reference) − C2ST(peer), over
+those observations that both have. The 95 % interval of a task is a bootstrap over its
+seeds; that of the mean over tasks is a bootstrap over tasks and, within each, over
+seeds.
+"""
+
+# pandas' own annotations say of most results that they may be one of several types.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tasks import TASKS, plots
+from tasks.errors import InputError
+from tasks.methods import METHODS
+from tasks.results import COSTS, METRICS, load, write_whole
+
+CELL = ["task", "budget", "method"]
+_PUBLISHED = Path(__file__).parent / "published" / "c2st.csv"
+_SOURCES = {
+    "lueckmann2021": "Lueckmann et al. 2021",
+    "gensbi": "GenSBI's documentation",
+}
+_RESAMPLES = 10_000
+
+
+def published() -> pd.DataFrame:
+    """Return the published C2ST figures; see tasks/published/README.md.
+
+    Returns:
+        One line per source, task, budget and method with the columns `source`, `task`,
+        `budget`, `method`, `c2st_mean`, `c2st_std` (over observations),
+        `observations`.
+    """
+    return pd.read_csv(_PUBLISHED)
+
+
+def summarise(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return mean and spread of every metric and cost by task, budget and method.
+
+    Args:
+        rows: A result table, see `tasks.results.load`.
+
+    Returns:
+        One line per task, budget, method and quantity with the columns `mean` (over
+        seeds, of the mean over observations), `std_seeds`, `std_observations`, `rows`
+        (that have the quantity), `failed`, `expected` (distinct seeds and observations
+        that any method has for this task and budget), and `best`: whether the mean of
+        C2ST is the least among the methods that have all the expected rows.
+    """
+    expected = (
+        rows
+        .groupby(["task", "budget"])[["seed", "observation"]]
+        .apply(lambda group: len(group.drop_duplicates()))
+        .rename("expected")
+    )
+    cells = []
+    for cell, group in rows.groupby(CELL, sort=False):
+        failed = int((group["status"] == "failed").sum())
+        good = group[group["status"] == "ok"]
+        for quantity in (*METRICS, *COSTS):
+            values = good.pivot_table(
+                index="seed", columns="observation", values=quantity, aggfunc="mean"
+            )
+            by_seed, by_observation = values.mean(axis=1), values.mean(axis=0)
+            cells.append({
+                **dict(zip(CELL, cell, strict=True)),
+                "quantity": quantity,
+                "mean": by_seed.mean(),
+                "std_seeds": by_seed.std(ddof=1),
+                "std_observations": by_observation.std(ddof=1),
+                "rows": int(values.notna().to_numpy().sum()),
+                "failed": failed,
+            })
+    summary = pd.DataFrame(cells).join(expected, on=["task", "budget"])
+    eligible = (summary["quantity"] == "c2st") & (
+        summary["rows"] == summary["expected"]
+    )
+    least = summary[eligible].groupby(["task", "budget"])["mean"].transform("min")
+    summary["best"] = (summary["mean"] == least.reindex(summary.index)) & eligible
+    return summary
+
+
+def paired_differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Return the difference of C2ST of the reference to each peer on the same seeds.
+
+    Args:
+        rows: A result table.
+        reference: The method that the others are compared with.
+
+    Returns:
+        One line per peer, budget, task and seed with `difference`, the mean over
+        observations of C2ST(reference) − C2ST(peer), negative where the reference is
+        better, and `observations`, the number of observations that both have.
+    """
+    good = rows[rows["status"] == "ok"]
+    index = ["budget", "task", "seed"]
+    wide = good.pivot(index=[*index, "observation"], columns="method", values="c2st")
+    parts = []
+    for peer in in_order(wide.columns.drop(reference, errors="ignore")):
+        difference = (wide[reference] - wide[peer]).dropna()
+        part = difference.groupby(level=index).agg(
+            difference="mean", observations="size"
+        )
+        parts.append(part.reset_index().assign(peer=peer))
+    columns = ["peer", *index, "difference", "observations"]
+    return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def summarise_pairs(differences: pd.DataFrame) -> pd.DataFrame:
+    """Return mean paired differences with 95 % bootstrap intervals.
+
+    Args:
+        differences: What `paired_differences` returns.
+
+    Returns:
+        One line per budget, peer and task, and one for the mean over tasks, with `task`
+        "all tasks"; with the columns `mean`, `low`, `high` (the interval; NaN for a
+        single seed), `seeds` (pairs of trainings), and `better`, the number of those
+        with a negative difference.
+    """
+    generator = np.random.default_rng(0)
+    lines = []
+    for (budget, peer), group in differences.groupby(["budget", "peer"], sort=False):
+        tasks = {
+            str(task): part["difference"].to_numpy(float)
+            for task, part in group.groupby("task")
+        }
+        levels = {task: [values] for task, values in tasks.items()}
+        if len(tasks) > 1:
+            levels["all tasks"] = list(tasks.values())
+        for task, values in levels.items():
+            low, high = _bootstrap_interval(values, generator)
+            flat = np.concatenate(values)
+            lines.append({
+                "budget": budget,
+                "peer": peer,
+                "task": task,
+                "mean": np.mean([part.mean() for part in values]),
+                "low": low,
+                "high": high,
+                "seeds": len(flat),
+                "better": int((flat < 0).sum()),
+            })
+    columns = ["budget", "peer", "task", "mean", "low", "high", "seeds", "better"]
+    return pd.DataFrame(lines, columns=pd.Index(columns))
+
+
+def write_report(
+    sources: Sequence[Path], out: Path, reference: str = "jeffreys"
+) -> str:
+    """Write tables and plots of result tables into a folder.
+
+    Written are report.md (the tables with the plots), results.csv (all rows, which this
+    function reads again), summary.csv (every quantity by task, budget and method),
+    c2st.csv (C2ST with the published figures), paired.csv, and the plots as PNG.
+
+    Args:
+        sources: Results folders, or CSV files written by an earlier report.
+        out: The folder to write into.
+        reference: The method that the others are compared with in pairs.
+
+    Returns:
+        One line that says what was written.
+    """
+    rows = load(*sources)
+    if reference not in set(rows["method"]) and reference not in METHODS:
+        raise InputError(
+            f"unknown method {reference!r} to compare with. These results have: "
+            f"{', '.join(in_order(rows['method'].unique()))}."
+        )
+    summary = summarise(rows)
+    comparison = _with_published(summary)
+    pairs = pd.DataFrame(columns=pd.Index(["budget", "peer"]))
+    figures = {}
+    good = set(rows.loc[rows["status"] == "ok", "method"])
+    if good:
+        figures["c2st_against_budget.png"] = plots.c2st_against_budget(
+            summary, published()
+        )
+        figures["c2st_against_time.png"] = plots.c2st_against_time(summary)
+    if reference in good and len(good) > 1:
+        differences = paired_differences(rows, reference)
+        pairs = summarise_pairs(differences)
+        figures["paired_differences.png"] = plots.paired_differences(
+            differences, pairs, reference
+        )
+
+    for name, table in (
+        ("results.csv", rows),
+        ("summary.csv", summary),
+        ("c2st.csv", comparison),
+        ("paired.csv", pairs),
+    ):
+        write_whole(out / name, table.to_csv(index=False))
+    for name, figure in figures.items():
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=150)
+        write_whole(out / name, image.getvalue())
+    text = _markdown(rows, summary, comparison, pairs, reference, list(figures))
+    write_whole(out / "report.md", text)
+    failed = int((rows["status"] == "failed").sum())
+    return f"{out / 'report.md'}: {len(rows)} rows, {failed} of them failed."
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names of methods in the order of `METHODS`, others last."""
+    known = list(METHODS)
+    return sorted(
+        names, key=lambda name: (known.index(name) if name in known else 1000, name)
+    )
+
+
+def _tasks_in_order(table: pd.DataFrame) -> list[str]:
+    """Return the tasks of a table in the order of `TASKS`, others last."""
+    known = list(TASKS)
+    return sorted(
+        table["task"].unique(),
+        key=lambda task: (known.index(task) if task in known else 1000, task),
+    )
+
+
+def _bootstrap_interval(
+    values: list[np.ndarray], generator: np.random.Generator
+) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean of means.
+
+    Args:
+        values: The differences of the seeds of each task. Tasks are drawn with
+            replacement, then the seeds of each task drawn.
+    """
+    if sum(len(part) for part in values) < 2:
+        return float("nan"), float("nan")
+    chosen = generator.integers(len(values), size=(_RESAMPLES, len(values)))
+    means = np.empty(chosen.shape)
+    for index, part in enumerate(values):
+        here = chosen == index
+        means[here] = generator.choice(part, size=(int(here.sum()), len(part))).mean(1)
+    low, high = np.quantile(means.mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _with_published(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return C2ST by task, budget and method, with the published figures of those."""
+    ours = summary[summary["quantity"] == "c2st"].drop(columns="quantity")
+    theirs = published().rename(
+        columns={
+            "c2st_mean": "mean",
+            "c2st_std": "std_observations",
+            "observations": "rows",
+        }
+    )
+    measured = set(zip(ours["task"], ours["budget"], strict=True))
+    here = [
+        pair in measured for pair in zip(theirs["task"], theirs["budget"], strict=True)
+    ]
+    ours = ours.assign(source="measured")
+    return pd.concat([ours, theirs[here]], ignore_index=True)[
+        ["source", *ours.columns.drop("source")]
+    ]
+
+
+def _markdown(
+    rows: pd.DataFrame,
+    summary: pd.DataFrame,
+    comparison: pd.DataFrame,
+    pairs: pd.DataFrame,
+    reference: str,
+    figures: list[str],
+) -> str:
+    """Return the report as Markdown."""
+    failed = rows[rows["status"] == "failed"]
+    versions = ", ".join(
+        f"{name} {' and '.join(sorted(rows[f'version_{name}'].unique()))}"
+        for name in ("sbi_jeffreys", "sbi", "torch")
+    )
+    parts = [
+        "# Benchmark report",
+        f"{len(rows)} rows (task, method, budget, seed, observation), {len(failed)} of "
+        f"them failed. Versions: {versions}.",
+        "C2ST is sbibm's: 0.5 is perfect, 1 is worst. Each cell is the mean ± standard "
+        "deviation over seeds (of the mean over observations), and in parentheses the "
+        "standard deviation over observations (of the mean over seeds). The least mean "
+        "of each column is bold. † marks a cell that lacks rows which other methods "
+        "have, with their number; such a cell is never the best, and its mean is not "
+        "comparable. Published figures, in italics, are copied from their sources "
+        "(tasks/published/README.md), with the standard deviation over observations.",
+    ]
+    for budget in sorted(comparison["budget"].unique()):
+        parts += [
+            f"## C2ST at {budget:,} simulations",
+            _c2st_table(comparison[comparison["budget"] == budget]),
+        ]
+    for figure, title in (
+        ("c2st_against_budget.png", "C2ST against the number of simulations"),
+        ("c2st_against_time.png", "C2ST against the time of one training"),
+    ):
+        if figure in figures:
+            parts += [f"## {title}", f"![{title}]({figure})"]
+    if len(pairs):
+        parts += [
+            f"## {reference} against each peer, in pairs",
+            f"C2ST of {reference} minus C2ST of the peer on the same simulations and "
+            "observations: negative where it is better. With the 95 % bootstrap "
+            "interval: over seeds for a task, over tasks and seeds for all tasks. "
+            "`better` counts the seeds with a negative difference.",
+            _pairs_table(pairs),
+            "![Paired differences](paired_differences.png)",
+        ]
+    parts += [
+        "## Costs",
+        "Means over tasks, seeds and observations. A training is shared by the "
+        "posteriors and observations that it serves; sampling and scoring are for one "
+        "observation. Peak memory is that of the process while it simulates, trains "
+        "and samples, libraries included. `÷ npe_nsf` is the geometric mean of the "
+        "ratio of the training time to npe_nsf's, over the same tasks and seeds.",
+        _costs_table(rows),
+        "## Failed rows",
+        _failures_table(failed) if len(failed) else "None.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _c2st_table(comparison: pd.DataFrame) -> str:
+    """Return the table of one budget: methods down, tasks across."""
+    tasks = _tasks_in_order(comparison)
+    lines, means = [], []
+    ours = comparison[comparison["source"] == "measured"]
+    labels = {("measured", name): name for name in in_order(ours["method"].unique())}
+    for origin, citation in _SOURCES.items():
+        theirs = comparison.loc[comparison["source"] == origin, "method"]
+        for name in sorted(theirs.unique()):
+            labels[origin, name] = f"*{name}, {citation}*"
+    for (source, name), label in labels.items():
+        of_method = comparison[
+            (comparison["source"] == source) & (comparison["method"] == name)
+        ].set_index("task")
+        cells = [
+            _cell(of_method.loc[task]) if task in of_method.index else "–"
+            for task in tasks
+        ]
+        # A mean over other rows than the rest of the column would mislead.
+        whole = of_method["mean"].notna()
+        if source == "measured":
+            whole &= of_method["rows"] == of_method["expected"]
+        comparable = set(tasks) <= set(of_method.index[whole])
+        mean = of_method["mean"].mean() if comparable else float("nan")
+        lines.append([label, *cells, _number(mean)])
+        means.append(mean if source == "measured" else float("nan"))
+    if not np.isnan(means).all():
+        best = lines[int(np.nanargmin(means))]
+        best[-1] = f"**{best[-1]}**"
+    return _table(["method", *tasks, "mean"], lines)
+
+
+def _cell(line: pd.Series) -> str:
+    """Return the text of one cell of the C2ST table."""
+    if pd.isna(line["mean"]):
+        return f"failed † 0/{line['expected']:.0f}" if line["failed"] else "–"
+    text = f"{line['mean']:.3f}"
+    if line["source"] == "measured":
+        text += f" ± {_number(line['std_seeds'])}"
+    text += f" ({_number(line['std_observations'])})"
+    if line["best"] is True:
+        text = f"**{text}**"
+    if line["source"] == "measured" and line["rows"] < line["expected"]:
+        text += f" † {line['rows']:.0f}/{line['expected']:.0f}"
+    return text
+
+
+def _pairs_table(pairs: pd.DataFrame) -> str:
+    """Return the table of paired differences: peers down, tasks across."""
+    tasks = _tasks_in_order(pairs)
+    lines = []
+    for (budget, peer), group in pairs.groupby(["budget", "peer"], sort=False):
+        by_task = group.set_index("task")
+        cells = []
+        for task in tasks:
+            if task not in by_task.index:
+                cells.append("–")
+                continue
+            line = by_task.loc[task]
+            interval = f"[{_signed(line['low'])}, {_signed(line['high'])}]"
+            better = f"better {line['better']}/{line['seeds']}"
+            cells.append(f"{line['mean']:+.3f} {interval}, {better}")
+        lines.append([f"{budget:,}", str(peer), *cells])
+    return _table(["budget", "peer", *tasks], lines)
+
+
+def _costs_table(rows: pd.DataFrame) -> str:
+    """Return the table of costs: methods by budget."""
+    good = rows[rows["status"] == "ok"]
+    columns = ["training_seconds", "sampling_seconds", "scoring_seconds", "epochs"]
+    columns += ["peak_memory_mb"]
+    trainings = good.groupby(["budget", "task", "seed", "method"])["training_seconds"]
+    logs = np.log(trainings.mean()).unstack("method")
+    methods = in_order(good["method"].unique())
+    lines = []
+    for (budget, method), group in good.groupby(["budget", "method"]):
+        ratio = "–"
+        if "npe_nsf" in logs:
+            logarithm = (logs[method] - logs["npe_nsf"]).loc[budget].dropna()
+            ratio = f"{np.exp(logarithm.mean()):.2f}" if len(logarithm) else "–"
+        means = group[columns].mean()
+        lines.append([
+            budget,
+            method,
+            f"{means['training_seconds']:.1f}",
+            ratio,
+            f"{means['sampling_seconds']:.2f}",
+            f"{means['scoring_seconds']:.2f}",
+            f"{means['epochs']:.0f}",
+            f"{means['peak_memory_mb']:.0f}",
+        ])
+    lines.sort(key=lambda line: (line[0], methods.index(line[1])))
+    return _table(
+        [
+            "budget",
+            "method",
+            "training s",
+            "÷ npe_nsf",
+            "sampling s",
+            "scoring s",
+            "epochs",
+            "peak memory MB",
+        ],
+        [[f"{line[0]:,}", *line[1:]] for line in lines],
+    )
+
+
+def _failures_table(failed: pd.DataFrame) -> str:
+    """Return the table of failed rows, equal errors together."""
+    lines = []
+    columns = ["task", "method", "budget", "error_type", "error_message"]
+    for cell, group in failed.groupby(columns):
+        task, method, budget, error, message = map(str, cell)
+        short = " ".join(message.split())[:200].replace("|", "\\|")
+        which = "; ".join(
+            f"seed {seed}: {', '.join(map(str, part['observation']))}"
+            for seed, part in group.groupby("seed")
+        )
+        lines.append([
+            task,
+            method,
+            budget,
+            str(len(group)),
+            which,
+            f"{error}: {short}",
+        ])
+    return _table(["task", "method", "budget", "rows", "observations", "error"], lines)
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    rule = ["---"] * len(header)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))
+
+
+def _number(value: float) -> str:
+    return "–" if pd.isna(value) else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return "–" if pd.isna(value) else f"{value:+.3f}"

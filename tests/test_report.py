@@ -1,0 +1,322 @@
+"""The report's numbers against ones computed by hand."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tasks.__main__ import main
+from tasks.errors import InputError
+from tasks.plots import c2st_against_budget
+from tasks.report import (
+    in_order,
+    paired_differences,
+    published,
+    summarise,
+    summarise_pairs,
+    write_report,
+)
+from tasks.results import COLUMNS, ERRORS, load, write_row
+
+
+def row(task, method, budget, seed, observation, c2st, **columns) -> dict:
+    numbers = {name: float("nan") for name in COLUMNS}
+    return {
+        **numbers,
+        "task": task,
+        "method": method,
+        "budget": budget,
+        "seed": seed,
+        "observation": observation,
+        "status": "ok",
+        "c2st": c2st,
+        "training_seconds": 2.0,
+        "version_sbi_jeffreys": "0.1.0",
+        "version_sbi": "0.27.0",
+        "version_torch": "2.13.0",
+        "finished": "2026-01-01T00:00:00+00:00",
+        "settings": {"num_samples": 10_000},
+        "warnings": [],
+        **dict.fromkeys(ERRORS, ""),
+        **columns,
+    }
+
+
+def failed(task, method, budget, seed, observation, error, message) -> dict:
+    return row(
+        task,
+        method,
+        budget,
+        seed,
+        observation,
+        float("nan"),
+        status="failed",
+        error_type=error,
+        error_message=message,
+        traceback="Traceback",
+    )
+
+
+# C2ST by (seed, observation).
+JEFFREYS = {(1, 1): 0.60, (1, 2): 0.70, (2, 1): 0.62, (2, 2): 0.64}
+NPE = {(1, 1): 0.66, (1, 2): 0.72, (2, 1): 0.61, (2, 2): 0.69}
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    folder = tmp_path / "results"
+    for method, values, seconds in (
+        ("jeffreys", JEFFREYS, 30.0),
+        ("npe_nsf", NPE, 10.0),
+    ):
+        for (seed, observation), c2st in values.items():
+            write_row(
+                folder,
+                row(
+                    *("two_moons", method, 1000, seed, observation, c2st),
+                    training_seconds=seconds * seed,
+                    epochs=100,
+                ),
+            )
+            write_row(
+                folder,
+                row("gaussian_mixture", method, 1000, seed, observation, c2st + 0.1),
+            )
+    # A method with the least mean, from half of the observations.
+    for seed in (1, 2):
+        write_row(folder, row("two_moons", "nle", 1000, seed, 1, 0.5))
+        bad = ("two_moons", "nle", 1000, seed, 2, "RuntimeError", "a | b\nc")
+        write_row(folder, failed(*bad))
+    write_row(folder, failed("two_moons", "nre", 1000, 1, 1, "ValueError", "broken"))
+    return folder
+
+
+def test_mean_and_spread_are_those_of_the_definition(results):
+    summary = summarise(load(results))
+    c2st = summary[summary["quantity"] == "c2st"].set_index(["task", "method"])
+
+    cell = c2st.loc["two_moons", "jeffreys"]
+    assert cell["mean"] == pytest.approx(0.64)  # of 0.65 and 0.63
+    assert cell["std_seeds"] == pytest.approx(0.02 / math.sqrt(2))
+    # Of 0.61 and 0.67.
+    assert cell["std_observations"] == pytest.approx(0.06 / math.sqrt(2))
+    assert (cell["rows"], cell["expected"], cell["failed"]) == (4, 4, 0)
+    assert cell["best"]
+
+    cell = c2st.loc["two_moons", "nle"]
+    assert cell["mean"] == pytest.approx(0.5)
+    assert (cell["rows"], cell["expected"], cell["failed"]) == (2, 4, 2)
+    assert not cell["best"]
+    assert math.isnan(cell["std_observations"])
+    assert np.isnan(c2st.loc["two_moons", "nre"]["mean"])
+    assert not c2st.loc["two_moons", "npe_nsf"]["best"]
+
+    times = summary[summary["quantity"] == "training_seconds"]
+    times = times.set_index(["task", "method"])["mean"]
+    assert times["two_moons", "jeffreys"] == pytest.approx(45.0)
+
+
+def test_summary_agrees_with_pandas_on_random_rows():
+    generator = np.random.default_rng(3)
+    rows = pd.DataFrame([
+        row("slcp", method, budget, seed, observation, generator.uniform(0.5, 1.0))
+        for method in ("jeffreys", "fmpe")
+        for budget in (1000, 10_000)
+        for seed in range(4)
+        for observation in range(1, 11)
+    ])
+    summary = summarise(rows)
+    c2st = summary[summary["quantity"] == "c2st"].set_index(["budget", "method"])
+    for (budget, method), group in rows.groupby(["budget", "method"]):
+        cell = c2st.loc[(budget, method)]
+        assert cell["mean"] == pytest.approx(group["c2st"].mean())
+        by_seed = group.groupby("seed")["c2st"].mean()
+        assert cell["std_seeds"] == pytest.approx(by_seed.std())
+        by_observation = group.groupby("observation")["c2st"].mean()
+        assert cell["std_observations"] == pytest.approx(by_observation.std())
+    for budget, group in c2st.groupby("budget"):
+        best = group.index[group["best"]].get_level_values("method")
+        assert list(best) == [group["mean"].idxmin()[1]], budget
+
+
+def test_paired_differences_are_of_the_same_simulations(results):
+    differences = paired_differences(load(results), "jeffreys")
+    moons = differences[differences["task"] == "two_moons"]
+    found = {
+        (peer, seed): (difference, observations)
+        for peer, seed, difference, observations in zip(
+            moons["peer"],
+            moons["seed"],
+            moons["difference"],
+            moons["observations"],
+            strict=True,
+        )
+    }
+    assert found == {
+        ("npe_nsf", 1): (pytest.approx((-0.06 - 0.02) / 2), 2),
+        ("npe_nsf", 2): (pytest.approx((0.01 - 0.05) / 2), 2),
+        # Only the observation that nle has.
+        ("nle", 1): (pytest.approx(0.10), 1),
+        ("nle", 2): (pytest.approx(0.12), 1),
+    }
+    pairs = summarise_pairs(differences).set_index(["peer", "task"])
+    assert pairs.loc[("npe_nsf", "two_moons"), "mean"] == pytest.approx(-0.03)
+    assert pairs.loc[("npe_nsf", "all tasks"), "mean"] == pytest.approx(-0.03)
+    assert pairs.loc[("npe_nsf", "all tasks"), "better"] == 4
+    assert pairs.loc[("nle", "two_moons"), "better"] == 0
+    assert ("nle", "all tasks") not in pairs.index
+
+
+def pair(task: str, seed: int, difference: float) -> dict:
+    line = {"peer": "npe_nsf", "budget": 1000, "observations": 10}
+    return {**line, "task": task, "seed": seed, "difference": difference}
+
+
+def test_bootstrap_interval_of_two_seeds_is_exact():
+    # The mean of two draws from {0, 1} is 0, 1/2, 1 with 1/4, 1/2, 1/4.
+    lines = [pair("slcp", 1, 0.0), pair("slcp", 2, 1.0)]
+    (line,) = summarise_pairs(pd.DataFrame(lines)).to_dict("records")
+    assert (line["mean"], line["low"], line["high"]) == (0.5, 0.0, 1.0)
+    assert (line["seeds"], line["better"]) == (2, 0)
+    (line,) = summarise_pairs(pd.DataFrame(lines[:1])).to_dict("records")
+    assert math.isnan(line["low"]) and math.isnan(line["high"])
+
+
+def test_bootstrap_interval_of_many_seeds_is_the_normal_one():
+    values = np.random.default_rng(0).normal(-0.01, 0.02, size=200)
+    lines = [pair("slcp", seed, value) for seed, value in enumerate(values)]
+    (line,) = summarise_pairs(pd.DataFrame(lines)).to_dict("records")
+    half = 1.96 * values.std() / math.sqrt(200)
+    assert line["mean"] == pytest.approx(values.mean())
+    # The quantiles of 10,000 resamples have an error of about 2 % of the width.
+    assert line["low"] == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert line["high"] == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_interval_over_tasks_has_both_levels():
+    # Tasks at ±0.1, seeds at ±s around: variances 0.01 / T between, s² / (T S) within.
+    signs = (-1, 1)
+    for spread in (0.0, 0.3):
+        lines = [
+            pair(f"task{t}", s, 0.1 * signs[t % 2] + spread * signs[s % 2])
+            for t in range(30)
+            for s in range(4)
+        ]
+        pairs = summarise_pairs(pd.DataFrame(lines)).set_index("task")
+        line = pairs.loc["all tasks"]
+        half = 1.96 * math.sqrt(0.01 / 30 + spread**2 / 120)
+        assert line["mean"] == pytest.approx(0.0, abs=1e-12)
+        assert line["high"] == pytest.approx(half, rel=0.1)
+        assert line["low"] == pytest.approx(-half, rel=0.1)
+
+
+def test_published_figures_are_copied_right():
+    table = published().set_index(["source", "task", "budget", "method"])["c2st_mean"]
+    lueckmann = table["lueckmann2021"]
+    assert lueckmann["bernoulli_glm", 1000, "NPE"] == 0.863
+    assert lueckmann["two_moons", 100_000, "SNRE"] == 0.563
+    assert table["gensbi", "slcp", 30_000, "NPE"] == 0.84
+    # The means over the ten tasks that the benchmark's authors' tables lead to.
+    means = lueckmann.groupby(level=["method", "budget"]).agg(["mean", "size"])
+    assert (means["size"] == 10).all()
+    assert means.loc[("NPE", 1000), "mean"] == pytest.approx(0.837, abs=5e-4)
+    assert means.loc[("NLE", 1000), "mean"] == pytest.approx(0.818, abs=5e-4)
+    assert means.loc[("NPE", 100_000), "mean"] == pytest.approx(0.653, abs=5e-4)
+
+
+def test_report_shows_what_there_is(results, capsys):
+    assert main(["report", str(results)]) == 0
+    out = results / "report"
+    assert "21 rows, 3 of them failed" in capsys.readouterr().out
+    text = (out / "report.md").read_text()
+    lines = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text
+        .split("## C2ST at 1,000 simulations")[1]
+        .split("##")[0]
+        .splitlines()
+        if line.startswith("|")
+    }
+    assert lines["method"] == ["two_moons", "gaussian_mixture", "mean"]
+    assert lines["jeffreys"] == [
+        "**0.640 ± 0.014 (0.042)**",
+        "**0.740 ± 0.014 (0.042)**",
+        "**0.690**",
+    ]
+    assert lines["npe_nsf"][0] == "0.670 ± 0.028 (0.049)"
+    assert lines["nle"] == ["0.500 ± 0.000 (–) † 2/4", "–", "–"]
+    assert lines["nre"] == ["failed † 0/4", "–", "–"]
+    theirs = published().set_index(["source", "task", "budget", "method"])
+    moons = theirs.loc[("lueckmann2021", "two_moons", 1000, "NPE")]
+    assert lines["*NPE, Lueckmann et al. 2021*"][0] == (
+        f"{moons['c2st_mean']:.3f} ({moons['c2st_std']:.3f})"
+    )
+    # Failures are listed with where and why, in one line each.
+    failures = text.split("## Failed rows")[1]
+    assert "| two_moons | nle | 1000 | 2 | seed 1: 2; seed 2: 2 |" in failures
+    assert "RuntimeError: a \\| b c |" in failures
+    assert "ValueError: broken" in failures
+    # Three times as long on each seed.
+    assert re.search(r"\| 1,000 \| jeffreys \| 23.5 \| 1.73 \|", text)
+    for plot in re.findall(r"\((\w+\.png)\)", text):
+        assert (out / plot).read_bytes().startswith(b"\x89PNG")
+    assert len(re.findall(r"\(\w+\.png\)", text)) == 3
+
+    pd.testing.assert_frame_equal(load(out / "results.csv"), load(results))
+    c2st = pd.read_csv(out / "c2st.csv")
+    assert set(c2st["source"]) == {"measured", "lueckmann2021"}
+    assert len(c2st) == 6 + 2 * 8
+
+
+def test_report_of_a_table_is_that_of_its_folder(results, tmp_path):
+    write_report([results], tmp_path / "one")
+    write_report([tmp_path / "one" / "results.csv"], tmp_path / "two")
+    for name in ("report.md", "summary.csv", "paired.csv", "c2st.csv"):
+        one, two = ((tmp_path / d / name).read_text() for d in ("one", "two"))
+        assert one == two
+
+
+def test_report_can_do_without_pairs(results, tmp_path):
+    write_report([results], tmp_path / "out", reference="snpe")
+    assert "in pairs" not in (tmp_path / "out" / "report.md").read_text()
+    assert not (tmp_path / "out" / "paired_differences.png").exists()
+    with pytest.raises(InputError, match="unknown method 'npe' to compare with.*nle"):
+        write_report([results], tmp_path / "out", reference="npe")
+
+
+def test_report_of_failures_alone(tmp_path):
+    write_row(tmp_path / "r", failed("slcp", "nle", 1000, 1, 1, "OSError", "disk full"))
+    write_report([tmp_path / "r"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "1 rows" in text and "OSError: disk full" in text
+
+
+def test_plots_show_the_numbers(results):
+    summary = summarise(load(results))
+    figure = c2st_against_budget(summary, published())
+    axes = {panel.get_title(): panel for panel in figure.axes if panel.get_visible()}
+    assert set(axes) == {"two_moons", "gaussian_mixture"}
+    drawn = {
+        line.get_label(): np.asarray(line.get_ydata())
+        for line in axes["two_moons"].get_lines()
+    }
+    assert drawn["NPE, published"] == pytest.approx(
+        published()
+        .query("source == 'lueckmann2021' and task == 'two_moons' and method == 'NPE'")
+        .sort_values("budget")["c2st_mean"]
+        .to_numpy()
+    )
+    legend = figure.legends[0]
+    assert {text.get_text() for text in legend.get_texts()} >= {"jeffreys", "npe_nsf"}
+
+
+def test_methods_are_in_the_order_of_the_table():
+    assert in_order(["zzz", "nle", "jeffreys", "aaa"]) == [
+        "jeffreys",
+        "nle",
+        "aaa",
+        "zzz",
+    ]
