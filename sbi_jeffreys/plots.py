@@ -14,7 +14,7 @@ FLOW, PROXY, COUPLING = "#0072B2", "#D55E00", "#009E73"
 
 def plot_training(
     summary: Mapping[str, Sequence[float]],
-    fig_kwargs: Mapping[str, Any] = {"figsize": (12, 3.2)},  # noqa: B006
+    fig_kwargs: Mapping[str, Any] = {"figsize": (13, 3.4)},  # noqa: B006
 ) -> Tuple[Figure, np.ndarray]:
     r"""Plot the dynamics of a training: divergences, dual variables, proxy.
 
@@ -82,5 +82,14 @@ def plot_training(
     for ax in axes:
         ax.set_xlabel("epoch")
         ax.spines["top"].set_visible(False)
-        ax.legend(frameon=False, fontsize="small")
+        # Below the axes, where it hides no curve.
+        ax.legend(
+            frameon=False,
+            fontsize="small",
+            ncols=4,
+            columnspacing=1,
+            handlelength=1.2,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.22),
+        )
     return fig, axes
