@@ -1,0 +1,165 @@
+"""Models with closed forms, to test Monte Carlo estimates against."""
+
+import math
+from typing import Callable, Optional
+
+import torch
+from sbi.neural_nets.estimators import ConditionalDensityEstimator
+from torch import Tensor, nn
+from torch.distributions import Distribution, MultivariateNormal
+
+from sbi_jeffreys.base_measure import make_base_measure
+from sbi_jeffreys.energy import ConditionalEnergy
+
+
+class LinearGaussianFlow(ConditionalDensityEstimator):
+    r"""$p(\theta \mid x) = N(A x + b, L L^\top)$ with reparametrised samples.
+
+    Args:
+        weight: $A$, of shape `(dim_theta, dim_x)`.
+        bias: $b$, of shape `(dim_theta,)`.
+        scale_tril: $L$, lower triangular, of shape `(dim_theta, dim_theta)`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, scale_tril: Tensor) -> None:
+        dim_theta, dim_x = weight.shape
+        super().__init__(nn.Module(), torch.Size([dim_theta]), torch.Size([dim_x]))
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = nn.Parameter(bias.detach().clone())
+        self.root = nn.Parameter(scale_tril.detach().clone())
+
+    @property
+    def scale_tril(self) -> Tensor:
+        return self.root.tril()
+
+    def mean(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+    def covariance(self) -> Tensor:
+        return self.scale_tril @ self.scale_tril.T
+
+    def distribution(self, x: Tensor) -> MultivariateNormal:
+        return MultivariateNormal(self.mean(x), scale_tril=self.scale_tril)
+
+    def log_prob(self, input: Tensor, condition: Tensor, **kwargs) -> Tensor:
+        return self.distribution(condition).log_prob(input)
+
+    def loss(self, input: Tensor, condition: Tensor, **kwargs) -> Tensor:
+        return -self.log_prob(input.unsqueeze(0), condition)[0]
+
+    def sample(self, sample_shape: torch.Size, condition: Tensor, **kwargs) -> Tensor:
+        return self.distribution(condition).rsample(torch.Size(sample_shape))
+
+
+class QuadraticEnergy(nn.Module):
+    r"""$f(\theta, x) = s - \tfrac12 (\theta - W x - c)^\top P (\theta - W x - c)$.
+
+    With $P = R R^\top$. The Lebesgue measure makes it the Gaussian
+    $N(W x + c, P^{-1})$.
+    """
+
+    def __init__(self, weight: Tensor, center: Tensor, root: Tensor, shift: float = 0):
+        super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+        self.center = nn.Parameter(center.clone())
+        self.root = nn.Parameter(root.clone())
+        self.shift = nn.Parameter(torch.tensor(float(shift), dtype=weight.dtype))
+
+    def mean(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.center
+
+    def precision(self) -> Tensor:
+        return self.root @ self.root.T
+
+    def forward(self, theta: Tensor, x: Tensor) -> Tensor:
+        projected = (theta - self.mean(x)) @ self.root
+        return self.shift - 0.5 * projected.square().sum(-1)
+
+
+def gaussian_proxy(
+    net: QuadraticEnergy, prior: Optional[MultivariateNormal] = None
+) -> ConditionalEnergy:
+    """Return the proxy of a quadratic energy, on the prior or on Lebesgue measure."""
+    dim_theta, dim_x = net.weight.shape
+    theta = torch.randn(500, dim_theta, dtype=net.weight.dtype)
+    if prior is not None:
+        theta = prior.sample(torch.Size((500,)))
+    wide = MultivariateNormal(
+        torch.zeros(dim_theta, dtype=net.weight.dtype),
+        9 * torch.eye(dim_theta, dtype=net.weight.dtype),
+    )
+    base = make_base_measure(
+        "lebesgue" if prior is None else "prior", prior or wide, theta
+    )
+    return ConditionalEnergy(net, base, torch.Size([dim_theta]), torch.Size([dim_x]))
+
+
+def gaussian_proxy_posterior(
+    net: QuadraticEnergy, x: Tensor, prior: Optional[MultivariateNormal] = None
+) -> tuple[MultivariateNormal, Tensor]:
+    r"""Return the normalised `gaussian_proxy` at $x$ and its $\log Z(x)$, exactly."""
+    precision, mean = net.precision(), net.mean(x)
+    if prior is None:
+        q = MultivariateNormal(mean, precision_matrix=precision)
+        log_z = net.shift - q.log_prob(mean)
+        return q, log_z
+    total = precision + prior.precision_matrix
+    natural = mean @ precision + prior.precision_matrix @ prior.mean
+    q = MultivariateNormal(
+        torch.linalg.solve(total, natural.T).T, precision_matrix=total
+    )
+    # log Z = log b + f - log q at any point.
+    log_z = prior.log_prob(mean) + net.shift - q.log_prob(mean)
+    return q, log_z
+
+
+class DistributionFlow(ConditionalDensityEstimator):
+    """A fixed distribution as a flow that ignores its condition."""
+
+    def __init__(self, distribution: Distribution, dim_x: int = 1) -> None:
+        super().__init__(nn.Linear(1, 1), distribution.event_shape, torch.Size([dim_x]))
+        self.distribution = distribution
+
+    def log_prob(self, input: Tensor, condition: Tensor, **kwargs) -> Tensor:
+        log_prob = self.distribution.log_prob(input)
+        return log_prob.expand(len(input), len(condition))
+
+    def loss(self, input: Tensor, condition: Tensor, **kwargs) -> Tensor:
+        return -self.distribution.log_prob(input)
+
+    def sample(self, sample_shape: torch.Size, condition: Tensor, **kwargs) -> Tensor:
+        shape = (*sample_shape, len(condition))
+        return self.distribution.sample(torch.Size(shape))
+
+
+def grid(low: float, high: float, num: int, dim: int) -> tuple[Tensor, float]:
+    """Return midpoints of a regular grid on a cube, `(num**dim, dim)`, and its cell."""
+    width = (high - low) / num
+    axis = low + width * (torch.arange(num, dtype=torch.double) + 0.5)
+    points = torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
+    return points, width**dim
+
+
+def log_integral(log_density: Tensor, cell: float) -> Tensor:
+    """Return the logarithm of the integral of a density given on a `grid`."""
+    return torch.logsumexp(log_density, 0) + math.log(cell)
+
+
+def mean_and_standard_error(
+    estimate: Callable[[], Tensor], repeats: int
+) -> tuple[Tensor, Tensor]:
+    """Return the mean of independent estimates and its standard error."""
+    values = torch.stack([estimate() for _ in range(repeats)])
+    return values.mean(0), values.std(0) / math.sqrt(repeats)
+
+
+def flat_gradient(loss: Tensor, module: nn.Module) -> Tensor:
+    """Return the gradient of `loss` to all parameters of a module as one vector."""
+    parameters = list(module.parameters())
+    gradients = torch.autograd.grad(
+        loss, parameters, retain_graph=True, allow_unused=True
+    )
+    return torch.cat([
+        (torch.zeros_like(p) if g is None else g).flatten()
+        for p, g in zip(parameters, gradients, strict=True)
+    ])

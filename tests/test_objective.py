@@ -1,0 +1,292 @@
+"""The three divergences and their gradients, against closed forms for Gaussians."""
+
+import pytest
+import torch
+from helpers import (
+    LinearGaussianFlow,
+    QuadraticEnergy,
+    flat_gradient,
+    gaussian_proxy,
+    gaussian_proxy_posterior,
+    grid,
+    log_integral,
+    mean_and_standard_error,
+)
+from sbi.utils import BoxUniform
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from sbi_jeffreys import JeffreysObjective, energy_nn
+from sbi_jeffreys.objective import Proposals
+
+PRIOR = MultivariateNormal(
+    torch.tensor([0.5, -0.5]), torch.tensor([[2.0, 0.3], [0.3, 1.5]])
+)
+X = torch.tensor([[-1.0], [0.3], [1.5]])
+
+
+@pytest.fixture
+def flow():
+    return LinearGaussianFlow(
+        torch.tensor([[0.8], [-0.3]]),
+        torch.tensor([0.1, 0.2]),
+        torch.tensor([[0.7, 0.0], [0.3, 0.9]]),
+    )
+
+
+@pytest.fixture
+def net():
+    return QuadraticEnergy(
+        torch.tensor([[1.0], [-0.5]]),
+        torch.tensor([0.4, 0.0]),
+        torch.tensor([[1.2, 0.0], [-0.3, 0.8]]),
+        shift=1.5,
+    )
+
+
+@pytest.fixture(params=["prior", "lebesgue"])
+def prior(request):
+    return PRIOR if request.param == "prior" else None
+
+
+@pytest.fixture
+def proxy(net, prior):
+    return gaussian_proxy(net, prior)
+
+
+def estimate(objective, flow, proxy, theta, x=X, proposals=None):
+    if proposals is None:
+        proposals = objective.propose(flow, proxy, x)
+    return objective.divergences(flow, proxy, theta, x, proposals)
+
+
+def test_divergences_of_gaussians(flow, net, proxy, prior):
+    objective = JeffreysObjective(num_flow_samples=500, num_reference_samples=500)
+    theta = PRIOR.sample((3,))
+    q, log_z = gaussian_proxy_posterior(net, X, prior)
+
+    exact = estimate(objective, flow, proxy, theta).forward_kl
+    torch.testing.assert_close(exact, -flow.distribution(X).log_prob(theta))
+
+    def values():
+        d = estimate(objective, flow, proxy, theta)
+        return torch.stack((
+            d.reverse_kl,
+            d.proxy_forward_kl,
+            d.log_partition.value,
+        )).detach()
+
+    mean, error = mean_and_standard_error(values, repeats=40)
+    expected = torch.stack((
+        kl_divergence(flow.distribution(X), q),
+        -q.log_prob(theta),
+        log_z,
+    ))
+    # The logarithm of a mean is biased by some thousandths at 1,000 samples.
+    assert ((mean - expected).abs() < 4 * error + 5e-3).all()
+    assert error.max() < 0.03
+    ess = estimate(objective, flow, proxy, theta).log_partition.effective_sample_size
+    assert ((ess > 1) & (ess < 1000)).all()
+
+
+def test_gradients_to_the_proxy(flow, net, proxy, prior):
+    objective = JeffreysObjective(num_flow_samples=1000, num_reference_samples=1000)
+    theta = PRIOR.sample((3,))
+    q, _ = gaussian_proxy_posterior(net, X, prior)
+    exact = {
+        "reverse_kl": kl_divergence(flow.distribution(X), q).sum(),
+        "proxy_forward_kl": -q.log_prob(theta).sum(),
+    }
+    for name, loss in exact.items():
+        expected = flat_gradient(loss, net)
+        mean, error = mean_and_standard_error(
+            lambda name=name: flat_gradient(
+                getattr(estimate(objective, flow, proxy, theta), name).sum(), net
+            ),
+            repeats=40,
+        )
+        assert expected.norm() > 0.5
+        # A ratio of means: biased by a per cent at this number of samples.
+        assert ((mean - expected).abs() < 4 * error + 0.02).all(), name
+        assert error.max() < 0.1
+
+
+def test_forward_divergence_trains_only_the_flow(flow, proxy):
+    d = estimate(JeffreysObjective(), flow, proxy, PRIOR.sample((3,)))
+    assert all(
+        g is None
+        for g in torch.autograd.grad(
+            d.forward_kl.sum(), list(proxy.parameters()), allow_unused=True
+        )
+    )
+    for loss in (d.reverse_kl, d.proxy_forward_kl):
+        gradients = torch.autograd.grad(
+            loss.sum(), list(flow.parameters()), allow_unused=True, retain_graph=True
+        )
+        assert all(g is None for g in gradients)
+
+
+def test_path_gradient_is_that_of_the_divergence(flow, net, proxy, prior):
+    objective = JeffreysObjective(num_reverse_samples=500)
+    q, log_z = gaussian_proxy_posterior(net, X, prior)
+    divergence = kl_divergence(flow.distribution(X), q)
+    expected = flat_gradient(divergence.sum(), flow)
+
+    mean, error = mean_and_standard_error(
+        lambda: objective.reverse_kl_of_flow(flow, proxy, X, log_z).detach(), 40
+    )
+    assert ((mean - divergence).abs() < 4 * error).all()
+
+    mean, error = mean_and_standard_error(
+        lambda: flat_gradient(
+            objective.reverse_kl_of_flow(flow, proxy, X, log_z).sum(), flow
+        ),
+        repeats=40,
+    )
+    assert expected.norm() > 1
+    assert ((mean - expected).abs() < 4 * error + 1e-4).all()
+    assert error.max() < 0.1
+
+
+def test_path_gradient_vanishes_where_the_models_agree(net):
+    proxy = gaussian_proxy(net)
+    q, log_z = gaussian_proxy_posterior(net, X)
+    flow = LinearGaussianFlow(
+        net.weight.detach(), net.center.detach(), q.scale_tril.detach()[0]
+    )
+    objective = JeffreysObjective(num_reverse_samples=1)
+    divergence = objective.reverse_kl_of_flow(flow, proxy, X, log_z)
+    torch.testing.assert_close(divergence, torch.zeros(3), atol=1e-5, rtol=0)
+    # One sample suffices: every path is flat, not only their mean.
+    assert flat_gradient(divergence.sum(), flow).abs().max() < 1e-5
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_reverse_divergence_of_the_flow_leaves_the_proxy(flow, net, proxy):
+    value = JeffreysObjective().reverse_kl_of_flow(flow, proxy, X, torch.zeros(3))
+    gradients = torch.autograd.grad(
+        value.sum(), list(net.parameters()), allow_unused=True
+    )
+    assert all(g is None or (g == 0).all() for g in gradients)
+
+
+def test_proposals_of_some_conditions(flow, proxy):
+    objective = JeffreysObjective(num_flow_samples=6, num_reference_samples=4)
+    x, theta = torch.randn(5, 1), PRIOR.sample((5,))
+    proposals = objective.propose(flow, proxy, x)
+    assert proposals.theta.shape == (10, 5, 2)
+    assert not proposals.theta.requires_grad
+    index = torch.tensor([3, 0, 3])
+    whole = estimate(objective, flow, proxy, theta, x, proposals)
+    part = estimate(objective, flow, proxy, theta[index], x[index], proposals.at(index))
+    for name in ("forward_kl", "reverse_kl", "proxy_forward_kl"):
+        torch.testing.assert_close(getattr(part, name), getattr(whole, name)[index])
+    torch.testing.assert_close(
+        part.log_partition.value, whole.log_partition.value[index]
+    )
+    halves = [proposals.at(torch.arange(2)), proposals.at(torch.arange(2, 5))]
+    joined = estimate(objective, flow, proxy, theta, x, Proposals.concatenate(halves))
+    assert torch.equal(joined.reverse_kl, whole.reverse_kl)
+
+
+def test_stale_proposals_stay_exact(flow, net, proxy, prior):
+    objective = JeffreysObjective(num_flow_samples=4000, num_reference_samples=4000)
+    proposals = objective.propose(flow, proxy, X)
+    with torch.no_grad():  # both models move on
+        flow.bias += torch.tensor([1.0, -1.5])
+        flow.root *= 0.5
+        net.center += 0.5
+    _, log_z = gaussian_proxy_posterior(net, X, prior)
+    d = estimate(objective, flow, proxy, PRIOR.sample((3,)), proposals=proposals)
+    error = d.log_partition.standard_error
+    assert ((d.log_partition.value - log_z).abs() < 4 * error).all()
+    assert error.max() < 0.1
+
+
+def test_samples_beyond_the_prior_are_led_back():
+    prior = BoxUniform(-torch.ones(2), torch.ones(2))
+    theta = prior.sample((300,))
+    x = theta[:, :1].clone()
+    proxy = energy_nn(10, 1)(theta, x, prior)  # flat: only the prior speaks
+    flow = LinearGaussianFlow(torch.zeros(2, 1), ones := torch.ones(2), torch.eye(2))
+    objective = JeffreysObjective(16, 16, num_reverse_samples=200)
+
+    def leakage():
+        samples = flow.sample(torch.Size((5000,)), x[:1])
+        return (samples.abs() > 1).any(-1).double().mean().item()
+
+    d = estimate(objective, flow, proxy, theta, x)
+    for part in (d.forward_kl, d.reverse_kl, d.proxy_forward_kl, d.log_partition.value):
+        assert torch.isfinite(part).all()
+    before = leakage()
+    for _ in range(30):
+        divergence = objective.reverse_kl_of_flow(
+            flow, proxy, x[:20], d.log_partition.value[:20]
+        ).mean()
+        assert torch.isfinite(divergence)
+        gradients = torch.autograd.grad(divergence, [flow.bias, flow.root])
+        with torch.no_grad():
+            flow.bias -= 0.03 * gradients[0]
+            flow.root -= 0.03 * gradients[1]
+    assert flow.bias.norm() < 0.3 * ones.norm()
+    assert leakage() < 0.6 * before
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_divergences_of_a_network_against_quadrature(dim):
+    prior = BoxUniform(-2 * torch.ones(dim), 2 * torch.ones(dim))
+    simulated = prior.sample((300,))
+    proxy = energy_nn(20, 1)(simulated, simulated[:, :1], prior).eval()
+    torch.nn.init.normal_(proxy.net.final_layer.weight, std=0.7)
+    # Narrow enough to leak less than the quadrature sees.
+    flow = LinearGaussianFlow(
+        torch.full((dim, 1), 0.3), torch.zeros(dim), 0.3 * torch.eye(dim)
+    )
+    points, cell = grid(-2, 2, 2000 if dim == 1 else 200, dim)
+    points = points.float().unsqueeze(1).expand(-1, 3, -1)
+    x, theta = X.clamp(-1, 1), prior.sample((3,))
+
+    log_q = proxy.log_unnormalized(points, x)
+    log_z = log_integral(log_q, cell)
+    log_p = flow.log_prob(points, x)
+    reverse = (log_p.exp() * (log_p - log_q)).sum(0) * cell + log_z
+    proxy_forward = log_z - proxy.log_unnormalized(theta[None], x)[0]
+
+    objective = JeffreysObjective(1000, 1000, num_reverse_samples=1000)
+
+    def values():
+        d = estimate(objective, flow, proxy, theta, x)
+        of_flow = objective.reverse_kl_of_flow(flow, proxy, x, log_z)
+        return torch.stack((d.reverse_kl, of_flow, d.proxy_forward_kl)).detach()
+
+    mean, error = mean_and_standard_error(values, 30)
+    expected = torch.stack((reverse, reverse, proxy_forward)).detach()
+    assert ((mean - expected).abs() < 4 * error + 5e-3).all()
+
+    for name, exact in (("reverse_kl", reverse), ("proxy_forward_kl", proxy_forward)):
+        exact = flat_gradient(exact.sum(), proxy)
+        mean, error = mean_and_standard_error(
+            lambda name=name: flat_gradient(
+                getattr(estimate(objective, flow, proxy, theta, x), name).sum(), proxy
+            ),
+            30,
+        )
+        assert (mean - exact).norm() < 0.05 * exact.norm(), name
+        # The errors of some hundred weights are correlated: their length, not each.
+        assert (mean - exact).norm() < 4 * error.norm() + 0.01 * exact.norm(), name
+
+    exact = flat_gradient(reverse.sum(), flow)
+    mean, error = mean_and_standard_error(
+        lambda: flat_gradient(
+            objective.reverse_kl_of_flow(flow, proxy, x, log_z).sum(), flow
+        ),
+        30,
+    )
+    assert ((mean - exact).abs() < 4 * error + 0.01 * exact.norm()).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["num_flow_samples", "num_reference_samples", "num_reverse_samples"]
+)
+def test_bad_numbers_of_samples(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        JeffreysObjective(**{name: 0})

@@ -1,0 +1,358 @@
+"""The refined posterior against Gaussians, whose products are known."""
+
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from helpers import (
+    DistributionFlow,
+    LinearGaussianFlow,
+    QuadraticEnergy,
+    gaussian_proxy,
+    grid,
+    log_integral,
+)
+from sbi.analysis import pairplot
+from sbi.diagnostics import run_sbc
+from sbi.inference import EnsemblePosterior
+from sbi.utils import BoxUniform
+from torch import nn
+from torch.distributions import MultivariateNormal
+
+from sbi_jeffreys import JeffreysEstimator, RefinedPosterior, energy_nn
+from sbi_jeffreys.posterior import systematic_resampling
+
+WIDE = MultivariateNormal(torch.zeros(2), 100 * torch.eye(2))
+X = torch.tensor([[-1.0], [0.5], [2.0]])
+
+
+def gaussian_estimator():
+    """Return a Gaussian flow and a Gaussian proxy that differ by about a sigma."""
+    flow = LinearGaussianFlow(
+        torch.tensor([[1.0], [-0.5]]),
+        torch.tensor([0.0, 0.3]),
+        torch.tensor([[0.8, 0.0], [0.3, 0.7]]),
+    )
+    net = QuadraticEnergy(
+        torch.tensor([[0.8], [-0.2]]),
+        torch.tensor([0.3, 0.0]),
+        torch.tensor([[1.5, 0.0], [-0.5, 1.2]]),
+        shift=4.0,
+    )
+    return JeffreysEstimator(flow, gaussian_proxy(net))
+
+
+def refined(estimator, x, exponent):
+    """Return the exact refined posterior: a geometric mean of Gaussians."""
+    p, net = estimator.flow, estimator.proxy.net
+    precision_p = torch.linalg.inv(p.covariance())
+    precision = (1 - exponent) * precision_p + exponent * net.precision()
+    natural = (1 - exponent) * p.mean(x) @ precision_p
+    natural = natural + exponent * net.mean(x) @ net.precision()
+    mean = torch.linalg.solve(precision, natural.T).T
+    return MultivariateNormal(mean.detach(), precision_matrix=precision.detach())
+
+
+def assert_samples_of(samples, target, num_independent):
+    """Compare mean and covariance with a Gaussian's, by their standard errors."""
+    mean, covariance = target.mean, target.covariance_matrix
+    variance = covariance.diagonal()
+    assert (
+        (samples.mean(0) - mean).abs() < 4.5 * (variance / num_independent).sqrt()
+    ).all()
+    # Var of an empirical covariance: (v_i v_j + c_ij^2) / n.
+    error = ((variance.outer(variance) + covariance**2) / num_independent).sqrt()
+    assert ((samples.T.cov() - covariance).abs() < 4.5 * error).all()
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_samples_of_a_product_of_gaussians(exponent):
+    estimator = gaussian_estimator()
+    posterior = RefinedPosterior(estimator, WIDE, exponent).set_default_x(X[:1])
+    samples = posterior.sample((10_000,))
+    assert samples.shape == (10_000, 2)
+    ess = posterior.effective_sample_size(num_samples=40_000).item()
+    assert_samples_of(samples, refined(estimator, X[0], exponent), min(1e4, ess))
+    if exponent == 0.0:
+        assert ess == pytest.approx(40_000)
+    else:  # the flow alone would not have passed
+        shift = (samples.mean(0) - estimator.flow.mean(X[0])).abs().max()
+        assert shift > 0.05
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 2)])
+def test_shapes(shape):
+    posterior = RefinedPosterior(gaussian_estimator(), WIDE, 1.0)
+    assert posterior.sample(shape, x=X[0]).shape == (*shape, 2)
+    assert posterior.sample(shape, x=X[:1]).shape == (*shape, 2)
+    assert posterior.sample_batched(torch.Size(shape), X).shape == (*shape, 3, 2)
+
+
+def test_every_observation_has_its_own_samples():
+    estimator = gaussian_estimator()
+    posterior = RefinedPosterior(estimator, WIDE, 1.0)
+    # Several batches of proposals, which must not mix the observations.
+    posterior.max_sampling_batch_size = 5000
+    samples = posterior.sample_batched((10_000,), X)
+    ess = posterior.effective_sample_size(X, num_samples=40_000)
+    assert ess.shape == (3,)
+    for i, x in enumerate(X):
+        assert_samples_of(
+            samples[:, i], refined(estimator, x, 1.0), min(1e4, ess[i].item())
+        )
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.4, 1.0])
+def test_log_prob_of_a_product_of_gaussians(exponent):
+    estimator = gaussian_estimator()
+    posterior = RefinedPosterior(estimator, WIDE, exponent)
+    target = refined(estimator, X[1], exponent)
+    theta = target.sample((20,))
+    log_prob = posterior.log_prob(theta, x=X[1:2], num_samples=50_000)
+    assert not log_prob.requires_grad
+    error = (1 / posterior.effective_sample_size(X[1:2], 50_000)).sqrt().item()
+    difference = log_prob - target.log_prob(theta)
+    torch.testing.assert_close(
+        difference, torch.zeros(20), atol=4 * error + 1e-4, rtol=0
+    )
+    # The error is one of the constant.
+    assert difference.std() < 1e-4
+    potential = posterior.log_prob(theta, x=X[1:2], norm_posterior=False)
+    torch.testing.assert_close(posterior.potential(theta, x=X[1:2]), potential)
+    assert (potential - log_prob).std() < 1e-4
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_density_integrates_to_one_on_the_prior(dim, exponent):
+    prior = BoxUniform(-torch.ones(dim), torch.ones(dim))
+    theta = prior.sample((200,))
+    proxy = energy_nn(20, 1)(theta, theta[:, :1], prior)
+    nn.init.normal_(proxy.net.final_layer.weight)
+    # The flow leaks a good part beyond the prior.
+    flow = LinearGaussianFlow(
+        torch.ones(dim, 1), torch.full((dim,), 0.3), 0.6 * torch.eye(dim)
+    )
+    posterior = RefinedPosterior(JeffreysEstimator(flow, proxy), prior, exponent)
+    posterior.set_default_x(torch.tensor([[0.4]]))
+    points, cell = grid(-1, 1, 2000 if dim == 1 else 100, dim)
+    log_prob = posterior.log_prob(points.float(), num_samples=50_000)
+    assert torch.isfinite(log_prob).all()
+    ess = posterior.effective_sample_size(num_samples=50_000).item()
+    # What leaks counts against it.
+    assert ess < 0.95 * 50_000
+    assert abs(log_integral(log_prob, cell)) < 4 / ess**0.5 + 1e-3
+    outside = torch.full((2, dim), 1.5)
+    outside[1, 0] = -3.0
+    assert posterior.log_prob(outside).tolist() == [-torch.inf, -torch.inf]
+    assert posterior.log_prob(outside[:1]).tolist() == [-torch.inf]
+    samples = posterior.sample((2000,))
+    assert (samples.abs() <= 1).all()
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+def test_a_prior_narrower_than_the_proxy(exponent):
+    # As after training without a prior, with one given to build_posterior.
+    prior = BoxUniform(-torch.ones(2), torch.ones(2))
+    posterior = RefinedPosterior(gaussian_estimator(), prior, exponent)
+    posterior.set_default_x(X[:1])
+    points, cell = grid(-1, 1, 100, 2)
+    log_prob = posterior.log_prob(points.float(), num_samples=50_000)
+    ess = posterior.effective_sample_size(num_samples=50_000).item()
+    assert abs(log_integral(log_prob, cell)) < 4 / ess**0.5 + 1e-3
+    assert torch.isneginf(posterior.log_prob(torch.tensor([[1.1, 0.0]]))).all()
+    assert (posterior.sample((1000,)).abs() <= 1).all()
+
+
+def test_effective_sample_size_in_closed_form():
+    # Weights of N(m, 1) over N(0, 1): E[w] = 1, E[w^2] = exp(m^2).
+    flow = LinearGaussianFlow(torch.zeros(1, 1), torch.zeros(1), torch.eye(1))
+    net = QuadraticEnergy(torch.zeros(1, 1), torch.tensor([0.5]), torch.eye(1))
+    prior = MultivariateNormal(torch.zeros(1), 100 * torch.eye(1))
+    posterior = RefinedPosterior(
+        JeffreysEstimator(flow, gaussian_proxy(net)), prior, 1.0
+    )
+    ess = posterior.effective_sample_size(torch.zeros(1, 1), num_samples=100_000)
+    assert ess.item() / 100_000 == pytest.approx(math.exp(-0.25), rel=0.02)
+    # Half the exponent halves the shift in log w: E[w] = exp(-m^2/8), ...
+    posterior = RefinedPosterior(
+        JeffreysEstimator(flow, gaussian_proxy(net)), prior, 0.5
+    )
+    ess = posterior.effective_sample_size(torch.zeros(1, 1), num_samples=100_000)
+    assert ess.item() / 100_000 == pytest.approx(math.exp(-0.0625), rel=0.02)
+
+
+def test_exponent_of_the_estimator_is_the_default():
+    estimator = gaussian_estimator()
+    estimator.exponent = 0.7
+    assert RefinedPosterior(estimator, WIDE).exponent == pytest.approx(0.7)
+    assert RefinedPosterior(estimator, WIDE, 0.0).exponent == 0.0
+
+
+def test_map_is_the_mode():
+    estimator = gaussian_estimator()
+    posterior = RefinedPosterior(estimator, WIDE, 0.5).set_default_x(X[2:])
+    mode = posterior.map(num_init_samples=50, num_to_optimize=5, num_iter=300)
+    assert mode.shape == (1, 2)
+    torch.testing.assert_close(
+        mode[0], refined(estimator, X[2], 0.5).mean, atol=0.02, rtol=0
+    )
+    assert torch.equal(posterior.map(), mode)  # kept until x changes
+
+
+def test_collapsed_weights_are_reported():
+    estimator = gaussian_estimator()
+    with torch.no_grad():
+        estimator.proxy.net.center += 6.0
+    posterior = RefinedPosterior(estimator, WIDE, 1.0)
+    with pytest.warns(UserWarning, match="importance weights have collapsed") as caught:
+        posterior.sample((500,), x=X[:1])
+    message = str(caught[0].message)
+    assert "sample_with='direct'" in message  # what to do
+    assert caught[0].filename == __file__  # said of the user's line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RefinedPosterior(gaussian_estimator(), WIDE, 1.0).sample((500,), x=X[:1])
+
+
+def test_a_flow_beyond_the_prior_is_an_error():
+    prior = BoxUniform(-torch.ones(2), torch.ones(2))
+    estimator = gaussian_estimator()
+    with torch.no_grad():
+        estimator.flow.bias += 100.0
+    posterior = RefinedPosterior(estimator, prior, 1.0)
+    with pytest.raises(RuntimeError, match="outside the prior's support"):
+        posterior.sample((10,), x=X[:1])
+    with pytest.raises(RuntimeError, match="outside the prior's support"):
+        posterior.sample_batched((10,), X)
+
+
+def test_sbi_takes_it_for_a_posterior():
+    estimator = gaussian_estimator()
+    posterior = RefinedPosterior(estimator, WIDE, 1.0).set_default_x(X[:1])
+    copy = pickle.loads(pickle.dumps(posterior))
+    torch.manual_seed(1)
+    samples = posterior.sample((100,))
+    torch.manual_seed(1)
+    assert torch.equal(copy.sample((100,)), samples)
+    assert "RefinedPosterior" in str(posterior)
+
+    # Calibration: parameters of the posterior's own have uniform ranks.
+    x = X.repeat(40, 1)
+    theta = posterior.sample_batched((1,), x)[0]
+    ranks, _ = run_sbc(
+        theta, x, posterior, num_posterior_samples=50, show_progress_bar=False
+    )
+    assert ranks.shape == (120, 2)
+    uniform_error = 50 / math.sqrt(12 * 120)
+    assert ((ranks.double().mean(0) - 25).abs() < 4 * uniform_error).all()
+
+    ensemble = EnsemblePosterior([posterior, copy]).set_default_x(X[:1])
+    assert ensemble.sample((20,)).shape == (20, 2)
+    assert torch.isfinite(ensemble.log_prob(samples[:5])).all()
+
+    figure, _ = pairplot(samples)
+    figure.clear()
+
+
+def test_it_moves():
+    posterior = RefinedPosterior(gaussian_estimator(), WIDE, 1.0).set_default_x(X[:1])
+    posterior.to("cpu")
+    assert posterior.sample((3,)).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: RefinedPosterior(gaussian_estimator().flow, WIDE),
+            TypeError,
+            "got LinearGaussianFlow",
+        ),
+        (
+            lambda: RefinedPosterior(gaussian_estimator(), WIDE, 1.2),
+            ValueError,
+            "exponent must be between 0 and 1, got 1.2",
+        ),
+        (
+            lambda: RefinedPosterior(gaussian_estimator(), WIDE, oversampling_factor=0),
+            ValueError,
+            "oversampling_factor must be at least 1, got 0",
+        ),
+        (
+            lambda: RefinedPosterior(gaussian_estimator(), WIDE, 1.0).sample((3,), x=X),
+            ValueError,
+            "One observation is expected, got 3.*sample_batched",
+        ),
+        (
+            lambda: RefinedPosterior(gaussian_estimator(), WIDE, 1.0).sample((3,)),
+            ValueError,
+            "set_default_x",
+        ),
+        (
+            lambda: RefinedPosterior(gaussian_estimator(), WIDE, 1.0).sample(
+                (3,), x=torch.zeros(1, 4)
+            ),
+            RuntimeError,
+            r"Expected trailing dimensions \(1,\), but got \(4,\)",
+        ),
+        (
+            lambda: RefinedPosterior(gaussian_estimator(), WIDE, 1.0).log_prob(
+                torch.zeros(2, 3), x=X[:1]
+            ),
+            (ValueError, AssertionError, RuntimeError),
+            "3",
+        ),
+    ],
+)
+def test_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+class TestSystematicResampling:
+    weights = torch.tensor([[0.1, 0.0, 0.45, 0.05, 0.4], [1.0, 1.0, 1.0, 0.0, 0.0]]).T
+
+    def counts(self, num_samples):
+        index = systematic_resampling(self.weights.log(), num_samples)
+        assert index.shape == (num_samples, 2)
+        return torch.stack([torch.bincount(column, minlength=5) for column in index.T])
+
+    def test_counts_are_unbiased_and_nearly_exact(self):
+        shares = (self.weights / self.weights.sum(0)).T.double()
+        total = torch.zeros(2, 5)
+        for _ in range(2000):
+            counts = self.counts(7)
+            assert (counts >= (7 * shares - 1e-6).floor()).all()
+            assert (counts <= (7 * shares + 1e-6).ceil()).all()
+            total += counts
+        # Each count is one of two neighbours: a variance of a quarter at most.
+        error = 0.5 / 2000**0.5
+        torch.testing.assert_close(
+            total.double() / 2000, 7 * shares, atol=4 * error, rtol=0
+        )
+
+    def test_order_is_random(self):
+        index = systematic_resampling(torch.zeros(1000, 1), 1000).squeeze(1)
+        assert not torch.equal(index, torch.arange(1000))
+        assert torch.equal(index.sort().values, torch.arange(1000))
+        correlation = torch.corrcoef(torch.stack((index, torch.arange(1000))).double())
+        assert abs(correlation[0, 1]) < 4 / 1000**0.5
+
+    def test_one_weight_takes_all(self):
+        log_weights = torch.full((6, 1), -torch.inf)
+        log_weights[4] = -1000.0
+        assert (systematic_resampling(log_weights, 9) == 4).all()
+
+
+def test_a_flow_without_parameters_of_its_own():
+    # What sbi asks of an estimator is enough: no attribute of nflows or zuko.
+    flow = DistributionFlow(MultivariateNormal(torch.zeros(2), torch.eye(2)))
+    net = QuadraticEnergy(torch.zeros(2, 1), torch.zeros(2), torch.eye(2))
+    posterior = RefinedPosterior(
+        JeffreysEstimator(flow, gaussian_proxy(net)), WIDE, 1.0
+    )
+    assert posterior.sample((5,), x=X[:1]).shape == (5, 2)
+    assert posterior.effective_sample_size(X[:1], 100).item() == pytest.approx(100)
