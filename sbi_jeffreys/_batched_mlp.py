@@ -1,7 +1,7 @@
 """Binary classifiers of one shape, trained side by side as one batched network."""
 
 import math
-from typing import List, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ EPSILON = 1e-8
 PENALTY = 1e-4
 TOLERANCE = 1e-4
 PATIENCE = 10
+
+
+# The gradient of ReLU in one pass: zero where its output is.
+_threshold = torch.ops.aten.threshold_backward.grad_input
 
 
 class BatchedMLP:
@@ -44,20 +48,25 @@ class BatchedMLP:
         self._num_steps = 0
         self.parameters = self._views(self._flat)
         self.gradients = self._views(self._grad)
-        self._buffers: dict[int, List[Tensor]] = {}
+        self._w2_transposed = self.parameters[2].transpose(1, 2)
+        self._buffers: dict[int, list[Tensor]] = {}
 
-    def _views(self, flat: Tensor) -> List[Tensor]:
+    def _views(self, flat: Tensor) -> list[Tensor]:
         parts = flat.split([shape.numel() for shape in self._shapes])
         return [part.view(s) for part, s in zip(parts, self._shapes, strict=True)]
 
-    def _buffers_for(self, batch_size: int) -> List[Tensor]:
-        """Return h1, h2, space for a gradient, and p, made once per batch size."""
+    def _buffers_for(self, batch_size: int) -> list[Tensor]:
+        """Return h1, h2, both transposed, their gradients, and p.
+
+        They are made once per batch size, as all views are that every step needs.
+        """
         if batch_size not in self._buffers:
             shape = (self.num_networks, batch_size, self._shapes[1][2])
-            self._buffers[batch_size] = [
-                *self._flat.new_empty(3, *shape),
-                self._flat.new_empty(self.num_networks, 1, batch_size),
-            ]
+            h1, h2, d1, d2 = self._flat.new_empty(4, *shape)
+            p = self._flat.new_empty(self.num_networks, 1, batch_size)
+            h1_transposed, h2_transposed = h1.transpose(1, 2), h2.transpose(1, 2)
+            buffers = [h1, h1_transposed, h2, h2_transposed, d1, d2, p]
+            self._buffers[batch_size] = buffers
         return self._buffers[batch_size]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,10 +78,10 @@ class BatchedMLP:
             x: Inputs, shape (E, B, D).
         """
         w1, b1, w2, b2, w3, b3 = self.parameters
-        h1, h2, _, p = self._buffers_for(x.shape[1])
+        h1, _, h2, h2_transposed, _, _, p = self._buffers_for(x.shape[1])
         torch.baddbmm(b1, x, w1, out=h1).relu_()
         torch.baddbmm(b2, h1, w2, out=h2).relu_()
-        return torch.bmm(w3, h2.transpose(1, 2), out=p).add_(b3).sigmoid_()
+        return torch.bmm(w3, h2_transposed, out=p).add_(b3).sigmoid_()
 
     def backward(self, x: Tensor, residual: Tensor) -> None:
         r"""Fill `gradients` after `forward(x)`.
@@ -86,20 +95,18 @@ class BatchedMLP:
         """
         w1, _, w2, _, w3, _ = self.parameters
         gw1, gb1, gw2, gb2, gw3, gb3 = self.gradients
-        h1, h2, d2, _ = self._buffers_for(x.shape[1])
+        h1, h1_transposed, h2, _, d1, d2, _ = self._buffers_for(x.shape[1])
         alpha = 1.0 / x.shape[1]
         beta = PENALTY * alpha
-        threshold = torch.ops.aten.threshold_backward.grad_input
 
         torch.baddbmm(w3, residual, h2, beta=beta, alpha=alpha, out=gw3)
         torch.mean(residual, 2, keepdim=True, out=gb3)
         torch.mul(residual.transpose(1, 2), w3, out=d2)
-        threshold(d2, h2, 0.0, grad_input=d2)
-        torch.baddbmm(w2, h1.transpose(1, 2), d2, beta=beta, alpha=alpha, out=gw2)
+        _threshold(d2, h2, 0.0, grad_input=d2)
+        torch.baddbmm(w2, h1_transposed, d2, beta=beta, alpha=alpha, out=gw2)
         torch.mean(d2, 1, keepdim=True, out=gb2)
-        # h2 is not needed any more, and what is used again is still in the cache.
-        d1 = torch.bmm(d2, w2.transpose(1, 2), out=h2)
-        threshold(d1, h1, 0.0, grad_input=d1)
+        torch.bmm(d2, self._w2_transposed, out=d1)
+        _threshold(d1, h1, 0.0, grad_input=d1)
         torch.baddbmm(w1, x.transpose(1, 2), d1, beta=beta, alpha=alpha, out=gw1)
         torch.mean(d1, 1, keepdim=True, out=gb1)
 
@@ -133,7 +140,7 @@ class BatchedMLP:
 
 def initial_parameters(
     dim: int, hidden: int, random_state: np.random.RandomState
-) -> List[Tensor]:
+) -> list[Tensor]:
     """Draw one network's parameters by Glorot's uniform rule, biases included.
 
     In scikit-learn's order, so that equal seeds give equal networks.
@@ -146,6 +153,65 @@ def initial_parameters(
             parameters.append(torch.from_numpy(draw.astype(np.float32)))
     parameters[4] = parameters[4].transpose(1, 2)
     return parameters
+
+
+class Examples:
+    """The training sets of E networks, in the order in which an epoch takes them.
+
+    Examples come first, so that reordering copies whole rows and the batches of all
+    networks lie side by side. Views of the batches are made once.
+
+    Args:
+        x: Inputs, shape (N, E, D).
+        y: Labels 0 or 1 as floats, shape (N, E).
+        batch_size: Examples in a batch; the last one may have fewer.
+
+    Attributes:
+        batches: Of each batch the inputs, shape (E, B, D), labels, (E, 1, B), and space
+            for the residuals p - y, (E, 1, B).
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, batch_size: int) -> None:
+        self._x, self._y, self._batch_size = x, y, batch_size
+        self._x_epoch, self._y_epoch = torch.empty_like(x), torch.empty_like(y)
+        self._residuals = torch.empty_like(y)
+        self.batches = [
+            # The memory of (B, E) residuals is taken as (E, 1, B) to be contiguous.
+            (x.transpose(0, 1), y.t().unsqueeze(1), residual.view(y.shape[1], 1, -1))
+            for x, y, residual in zip(
+                self._x_epoch.split(batch_size),
+                self._y_epoch.split(batch_size),
+                self._residuals.split(batch_size),
+                strict=True,
+            )
+        ]
+
+    def reorder(self, order: Tensor) -> None:
+        """Take the examples in the given order."""
+        torch.index_select(self._x, 0, order, out=self._x_epoch)
+        torch.index_select(self._y, 0, order, out=self._y_epoch)
+
+    def cross_entropy(self) -> Tensor:
+        """Return the mean over all residuals, shape (E,), and overwrite them.
+
+        Probabilities are kept from 0 and 1 by the rounding unit as in scikit-learn.
+        """
+        eps = torch.finfo(self._residuals.dtype).eps
+        # The likelihood of a label is one minus the absolute residual.
+        likelihood = self._residuals.abs_().neg_().add_(1.0).clamp_(eps, 1.0 - eps)
+        log_likelihood = likelihood.log_()
+        num_examples, num_networks = self._y.shape
+        num_last = num_examples % self._batch_size
+        full = log_likelihood[: num_examples - num_last]
+        last = log_likelihood[num_examples - num_last :]
+        total = full.view(-1, num_networks, self._batch_size).sum((0, 2))
+        total += last.view(num_networks, num_last).sum(1)
+        return -total / num_examples
+
+    def select(self, index: Tensor) -> "Examples":
+        """Return the training sets of the networks at `index`."""
+        x, y = self._x.index_select(1, index), self._y.index_select(1, index)
+        return Examples(x, y, self._batch_size)
 
 
 @torch.inference_mode()
@@ -180,18 +246,11 @@ def train_and_score(
         p.to(device).expand(num_networks, -1, -1)
         for p in initial_parameters(dim, hidden, random_state)
     ])
-    batch_size = min(BATCH_SIZE, num_train)
-    num_batches = -(-num_train // batch_size)
-    num_full = num_train // batch_size * batch_size
-    clip = torch.finfo(torch.float32).eps
-
-    # Examples come first, so that an epoch's order is a copy of whole rows and the
-    # batches of all networks lie side by side.
-    x_train = x_train.transpose(0, 1).contiguous()
-    y_train = y_train.transpose(0, 1).contiguous()
-    x_epoch, y_epoch = torch.empty_like(x_train), torch.empty_like(y_train)
-    residuals = torch.empty_like(y_train)
-
+    examples = Examples(
+        x_train.transpose(0, 1).contiguous(),
+        y_train.transpose(0, 1).contiguous(),
+        batch_size=min(BATCH_SIZE, num_train),
+    )
     accuracy = torch.empty(num_networks, device=device)
     active = torch.arange(num_networks, device=device)
     best = torch.full((num_networks,), math.inf, device=device)
@@ -201,31 +260,16 @@ def train_and_score(
         permutation = np.arange(num_train)
         random_state.shuffle(permutation)
         order = order[permutation]
-        index = torch.from_numpy(order).to(device)
-        torch.index_select(x_train, 0, index, out=x_epoch)
-        torch.index_select(y_train, 0, index, out=y_epoch)
-        for x, y, residual in zip(
-            x_epoch.split(batch_size),
-            y_epoch.split(batch_size),
-            residuals.split(batch_size),
-            strict=True,
-        ):
-            x = x.transpose(0, 1)
-            # The memory of (B, E) is taken as (E, 1, B) to be contiguous.
-            residual = residual.view(nets.num_networks, 1, len(y))
-            torch.sub(nets.forward(x), y.t().unsqueeze(1), out=residual)
+        examples.reorder(torch.from_numpy(order).to(device))
+        for x, y, residual in examples.batches:
+            torch.sub(nets.forward(x), y, out=residual)
             nets.backward(x, residual)
             nets.adam_step()
 
-        # The likelihood of a label is one minus the absolute residual.
-        likelihood = residuals.abs_().neg_().add_(1.0).clamp_(clip, 1.0 - clip)
-        log_likelihood = likelihood.log_()
-        full = log_likelihood[:num_full].view(-1, nets.num_networks, batch_size)
-        last = log_likelihood[num_full:].view(nets.num_networks, num_train - num_full)
-        cross_entropy = -(full.sum((0, 2)) + last.sum(1)) / num_train
         # The penalty's share of the loss changes by far less than the tolerance within
         # an epoch, so it is taken at the epoch's end rather than at every step.
-        loss = cross_entropy + nets.penalty() * (num_batches / num_train)
+        penalty = nets.penalty() * (len(examples.batches) / num_train)
+        loss = examples.cross_entropy() + penalty
         stale = torch.where(loss > best - TOLERANCE, stale + 1, 0)
         best = torch.minimum(best, loss)
         done = stale > PATIENCE
@@ -240,8 +284,5 @@ def train_and_score(
             if len(rest) == 0:
                 break
             active, best, stale = active[rest], best[rest], stale[rest]
-            nets = nets.select(rest)
-            x_train, y_train = x_train[:, rest], y_train[:, rest]
-            x_epoch, y_epoch = torch.empty_like(x_train), torch.empty_like(y_train)
-            residuals = torch.empty_like(y_train)
+            nets, examples = nets.select(rest), examples.select(rest)
     return accuracy

@@ -7,6 +7,7 @@ ratio; with the Lebesgue measure it is the plain energy-based model of the paper
 
 import warnings
 from abc import ABC, abstractmethod
+from copy import deepcopy
 from typing import Any, Callable, Optional, Tuple
 
 import torch
@@ -190,6 +191,8 @@ def make_base_measure(
     if not prior.event_shape and len(prior.batch_shape) == 1:
         # sbi takes Uniform(low, high) with vectors for a prior over a vector.
         prior = Independent(prior, 1, validate_args=False)
+    # Moving the proxy to another device must not move the user's prior.
+    prior = deepcopy(prior)
     measure = PriorMeasure if name == "prior" else LebesgueMeasure
     return measure(prior, theta)
 

@@ -21,7 +21,7 @@ from sbi_jeffreys.base_measure import BaseMeasure, make_base_measure
 from sbi_jeffreys.flow import rsample_and_log_prob
 from sbi_jeffreys.partition import (
     LogPartition,
-    estimate_log_partition,
+    from_log_weights,
     log_mixture,
 )
 
@@ -191,7 +191,7 @@ class ConditionalEnergy(nn.Module):
             log_proposal = log_mixture(
                 log_flow, self.base.reference_log_prob(theta), num_flow, num_reference
             )
-        return estimate_log_partition(self.log_unnormalized(theta, x), log_proposal)
+        return from_log_weights(self.log_unnormalized(theta, x) - log_proposal)
 
     def log_prob(
         self,

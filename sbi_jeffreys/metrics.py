@@ -1,15 +1,17 @@
 """How far samples of a posterior are from samples of the reference posterior.
 
-Between two sets of samples: `c2st` and `c2st_many` (the classifier two-sample test as
-sbibm defines it, computed fast), `marginal_c2st`, `mmd` and `sliced_wasserstein`. Of a
+Between two sets of samples: `c2st` and `c2st_many` (the classifier two-sample test of
+published tables, computed fast), `marginal_c2st`, `mmd` and `sliced_wasserstein`. Of a
 posterior, given parameters and the data simulated from them:
-`log_prob_true_parameters` and `expected_coverage`, which is `sbi.diagnostics.run_tarp`.
+`log_prob_true_parameters` and `expected_coverage`, which is `sbi.diagnostics.run_tarp`
+under the name of what it returns.
 """
 
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +43,7 @@ def c2st(
     seed: int = 1,
     n_folds: int = 5,
     z_score: bool = True,
-    device: Union[str, torch.device] = "cpu",
+    device: str | torch.device = "cpu",
 ) -> float:
     r"""Return the accuracy of a classifier that tells two sets of samples apart.
 
@@ -73,7 +75,7 @@ def c2st(
         Accuracy in [0, 1].
 
     Raises:
-        TypeError: If `x` or `y` is not a tensor.
+        TypeError: If `x` or `y` is not a tensor of floating-point numbers.
         ValueError: If shapes disagree, samples are not finite or too few for the
             folds, or a column of `x` is constant and so cannot be standardised.
 
@@ -86,11 +88,11 @@ def c2st(
 
 
 def c2st_many(
-    pairs: Sequence[Tuple[Tensor, Tensor]],
+    pairs: Sequence[tuple[Tensor, Tensor]],
     seed: int = 1,
     n_folds: int = 5,
     z_score: bool = True,
-    device: Union[str, torch.device] = "cpu",
+    device: str | torch.device = "cpu",
 ) -> Tensor:
     """Return `c2st(x, y)` of many pairs, whose classifiers are trained together.
 
@@ -114,7 +116,7 @@ def c2st_many(
     device = torch.device(device)
     if n_folds < 2:
         raise ValueError(f"n_folds must be at least 2, got {n_folds}.")
-    groups: Dict[Tuple[int, int], List[_Fold]] = {}
+    groups: dict[tuple[int, int], list[_Fold]] = {}
     for i, (x, y) in enumerate(pairs):
         name = f" of pair {i}" if len(pairs) > 1 else ""
         _check_samples(x, y, name)
@@ -123,10 +125,10 @@ def c2st_many(
                 f"{n_folds} folds need at least {2 * n_folds} samples{name}, got "
                 f"{len(x)} + {len(y)}. Pass more samples or fewer folds."
             )
-        x, y = x.detach().float(), y.detach().float()
+        x, y = x.detach().to(device), y.detach().to(device)
         if z_score:
             x, y = _standardize(x, y, name)
-        data = torch.cat((x, y)).to(device)
+        data = torch.cat((x, y)).float()
         label = (torch.arange(len(data), device=device) >= len(x)).float()
         splits = KFold(n_splits=n_folds, shuffle=True, random_state=seed)
         for indices in splits.split(np.empty(len(data))):
@@ -134,7 +136,7 @@ def c2st_many(
             fold = _Fold(i, data, label, train, test)
             groups.setdefault((data.shape[1], len(train)), []).append(fold)
 
-    def accuracies(folds: List[_Fold]) -> List[float]:
+    def accuracies(folds: list[_Fold]) -> list[float]:
         return train_and_score(
             torch.stack([fold.data[fold.train] for fold in folds]),
             torch.stack([fold.label[fold.train] for fold in folds]),
@@ -173,8 +175,8 @@ class _Fold:
 
 
 def _split(
-    folds: List[_Fold], device: torch.device, num_threads: int
-) -> List[List[_Fold]]:
+    folds: list[_Fold], device: torch.device, num_threads: int
+) -> list[list[_Fold]]:
     """Split folds of one shape into those whose networks are trained as one.
 
     On the CPU, so many that the arithmetic of a step takes several times as long as
@@ -191,7 +193,7 @@ def _split(
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def _map(function: Callable, items: List, num_threads: int) -> List:
+def _map(function: Callable, items: list, num_threads: int) -> list:
     """Apply a function to items in threads that compute with one thread each.
 
     Networks this small gain little from several threads within one product, and lose
@@ -214,7 +216,7 @@ def marginal_c2st(
     seed: int = 1,
     n_folds: int = 5,
     z_score: bool = True,
-    device: Union[str, torch.device] = "cpu",
+    device: str | torch.device = "cpu",
 ) -> Tensor:
     """Return the C2ST of each parameter by itself.
 
@@ -256,7 +258,7 @@ def mmd(x: Tensor, y: Tensor) -> float:
         Squared discrepancy.
 
     Raises:
-        TypeError: If `x` or `y` is not a tensor.
+        TypeError: If `x` or `y` is not a tensor of floating-point numbers.
         ValueError: If shapes disagree, samples are not finite or fewer than two, or
             more than half of the pairs of `x` coincide.
 
@@ -265,7 +267,7 @@ def mmd(x: Tensor, y: Tensor) -> float:
         Test".
     """
     _check_samples(x, y)
-    x, y = x.detach(), y.detach()
+    x, y = x.detach().float(), y.detach().float()
     within_x = torch.pdist(x)
     scale = within_x.median()
     if scale <= 0:
@@ -317,7 +319,7 @@ def sliced_wasserstein(
         Distance.
 
     Raises:
-        TypeError: If `x` or `y` is not a tensor.
+        TypeError: If `x` or `y` is not a tensor of floating-point numbers.
         ValueError: If shapes disagree, samples are not finite or fewer than two, or
             `num_projections` is not positive.
 
@@ -328,7 +330,7 @@ def sliced_wasserstein(
     _check_samples(x, y)
     if num_projections < 1:
         raise ValueError(f"num_projections must be positive, got {num_projections}.")
-    x, y = x.detach(), y.detach()
+    x, y = x.detach().float(), y.detach().float()
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(x.shape[1], num_projections, generator=generator)
     direction = (direction / direction.norm(dim=0)).to(x)
@@ -386,6 +388,11 @@ def _check_samples(x: Tensor, y: Tensor, name: str = "") -> None:
             raise TypeError(
                 f"{letter}{name} must be a torch.Tensor, got {type(value).__name__}."
             )
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{letter}{name} must hold floating-point numbers, got {value.dtype}. "
+                f"Pass {letter}.float()."
+            )
         if value.ndim != 2 or value.shape[1] == 0:
             raise ValueError(
                 f"{letter}{name} must have shape (samples, dimensions), got "
@@ -408,7 +415,7 @@ def _check_samples(x: Tensor, y: Tensor, name: str = "") -> None:
         )
 
 
-def _standardize(x: Tensor, y: Tensor, name: str) -> Tuple[Tensor, Tensor]:
+def _standardize(x: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Return both shifted and scaled by mean and standard deviation of x."""
     mean, std = x.mean(dim=0), x.std(dim=0)
     constant = (x == x[0]).all(dim=0) | (std == 0)

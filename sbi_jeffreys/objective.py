@@ -37,7 +37,8 @@ class Proposals:
 
     They stay exact proposals of the partition function when the flow has moved on:
     their weights hold the density that they were drawn with. One set of samples
-    therefore serves several epochs.
+    therefore serves several epochs. The reverse divergence that the proxy lowers is
+    then that of the flow as it was when they were drawn.
 
     Attributes:
         theta: $K$ samples of the flow, then $M$ of the reference, of shape

@@ -86,38 +86,15 @@ def log_mixture(
     )
 
 
-def estimate_log_partition(
-    log_unnormalized: Tensor, log_proposal: Tensor
-) -> LogPartition:
+def from_log_weights(log_weights: Tensor) -> LogPartition:
     r"""Return the importance-sampling estimate of $\log Z(x)$.
 
-    .. math:: \hat Z = \frac1n \sum_{i=1}^n \frac{b(\theta_i) \exp f(\theta_i, x)}
-        {m(\theta_i \mid x)}
+    .. math:: \hat Z = \frac1n \sum_{i=1}^n w_i, \qquad
+        w_i = \frac{b(\theta_i) \exp f(\theta_i, x)}{m(\theta_i \mid x)}
 
     Args:
-        log_unnormalized: $\log b(\theta_i) + f(\theta_i, x)$, of shape
-            `(num_samples, batch_dim)`; $-\infty$ outside the support.
-        log_proposal: $\log m(\theta_i \mid x)$ of the same shape.
-
-    Returns:
-        The estimate with its effective sample size.
-    """
-    inside = torch.isfinite(log_unnormalized)
-    # Replaced before the difference: -inf would send NaN backwards.
-    log_weights = torch.where(
-        inside,
-        torch.where(inside, log_unnormalized, torch.zeros_like(log_unnormalized))
-        - log_proposal,
-        torch.full_like(log_proposal, -torch.inf),
-    )
-    return from_log_weights(log_weights)
-
-
-def from_log_weights(log_weights: Tensor) -> LogPartition:
-    r"""Return $\log \frac1n \sum_i w_i$ and the effective sample size of the weights.
-
-    Args:
-        log_weights: Of shape `(num_samples, batch_dim)`.
+        log_weights: $\log w_i$, of shape `(num_samples, batch_dim)`; $-\infty$ outside
+            the support.
 
     Returns:
         The estimate with its effective sample size.

@@ -247,34 +247,6 @@ class RefinedPosterior(NeuralPosterior):
             x.to(self._device), num_samples
         ).effective_sample_size
 
-    def map(
-        self,
-        x: Optional[Tensor] = None,
-        num_iter: int = 1_000,
-        num_to_optimize: int = 100,
-        learning_rate: float = 0.01,
-        init_method: Union[str, Tensor] = "posterior",
-        num_init_samples: int = 1_000,
-        save_best_every: int = 10,
-        show_progress_bars: bool = False,
-        force_update: bool = False,
-    ) -> Tensor:
-        """Return the maximum a posteriori estimate by gradient ascent.
-
-        See `sbi.inference.posteriors.DirectPosterior.map` for the arguments.
-        """
-        return super().map(
-            x=x,
-            num_iter=num_iter,
-            num_to_optimize=num_to_optimize,
-            learning_rate=learning_rate,
-            init_method=init_method,
-            num_init_samples=num_init_samples,
-            save_best_every=save_best_every,
-            show_progress_bars=show_progress_bars,
-            force_update=force_update,
-        )
-
     def _single_x(self, x: Optional[Tensor]) -> Tensor:
         x = self._x_else_default_x(x)
         x = reshape_to_batch_event(x, self.posterior_estimator.condition_shape)

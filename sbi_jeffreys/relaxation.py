@@ -26,6 +26,11 @@ class Relaxation(ABC):
         r"""Return $\arg\min_{u \ge 0} h(u) - \lambda u$ of every $\lambda$."""
 
     @property
+    def curvature(self) -> float:
+        r"""The second derivative of $h$ where it is strictly convex."""
+        return float("inf")
+
+    @property
     def dual_bound(self) -> float:
         r"""The largest slope of $h$, which bounds the dual variables."""
         return float("inf")
@@ -56,6 +61,10 @@ class QuadraticRelaxation(Relaxation):
 
     def cost(self, relaxation: Tensor) -> Tensor:
         return self.price * relaxation + 0.5 * self.alpha * relaxation**2
+
+    @property
+    def curvature(self) -> float:
+        return self.alpha
 
     def relaxation(self, dual_variables: Tensor) -> Tensor:
         return ((dual_variables - self.price) / self.alpha).clamp_min(0)

@@ -188,7 +188,7 @@ class JeffreysNPE(NPE):
         """
         _check_simulations(theta, x)
         if proposal is None:
-            _warn_if_outside(self._prior, theta)
+            _check_prior(self._prior, theta)
         return super().append_simulations(
             theta, x, proposal, exclude_invalid_x, data_device
         )
@@ -378,7 +378,7 @@ class JeffreysNPE(NPE):
             forward, reverse, proxy_forward = weights.dual_variables.tolist()
             lagrangian = (
                 forward * divergences.forward_kl
-                + reverse * weights.proxy_share * divergences.reverse_kl
+                + reverse * divergences.reverse_kl
                 + proxy_forward * divergences.proxy_forward_kl
             )
             if reverse * weights.flow_share > 0:
@@ -430,8 +430,10 @@ class JeffreysNPE(NPE):
         return self._proposals.at(batch[3])
 
     def _calibration(self, x: Tensor, loss_args: Optional[LossArgs]) -> Tensor:
-        kernel = getattr(loss_args, "calibration_kernel", None)
-        return x.new_ones(len(x)) if kernel is None else kernel(x)
+        """Return the calibration kernel's weights; sbi sets a kernel of ones."""
+        assert isinstance(loss_args, LossArgsNPE)
+        assert loss_args.calibration_kernel is not None
+        return loss_args.calibration_kernel(x)
 
     def _apply_round_losses(
         self,
@@ -680,14 +682,15 @@ def _check_simulations(theta: Any, x: Any) -> None:
         )
 
 
-def _warn_if_outside(prior: Optional[Distribution], theta: Tensor) -> None:
-    """Warn of parameters that the prior cannot have given: mixed-up units, say."""
+def _check_prior(prior: Optional[Distribution], theta: Tensor) -> None:
+    """Raise or warn if the parameters are not such as the prior gives."""
     if prior is None or not isinstance(theta, Tensor):
         return
-    if prior.event_shape and prior.event_shape != theta.shape[1:]:
+    shape = prior.event_shape or prior.batch_shape
+    if shape != theta.shape[1:]:
         raise ValueError(
             f"theta has {theta.shape[1]} parameters, but the prior is over "
-            f"{prior.event_shape.numel()}."
+            f"{shape.numel()}."
         )
     num_outside = int((~within_support(prior, theta.to(torch.float32))).sum())
     if num_outside:

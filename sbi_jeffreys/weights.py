@@ -8,7 +8,7 @@ r"""Weights of the three divergences: fixed, or dual variables of the resilient 
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Dict, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ from sbi_jeffreys.relaxation import HuberRelaxation, Relaxation
 
 
 class Weights(ABC):
-    r"""Weights $\lambda$ of the three divergences and who lowers the second.
+    r"""Weights $\lambda$ of the three divergences, and how far the flow follows.
 
     $D_2 = \mathrm{KL}(p \Vert q)$ falls when the flow moves to the proxy and when the
-    proxy moves to the flow. The flow's gradient of $D_2$ is multiplied by
-    `flow_share`, the proxy's by `proxy_share`.
+    proxy moves to the flow. The proxy is asked to lower all of it, the flow the share
+    `flow_share`: its gradient of $D_2$ is multiplied by that.
 
     Attributes:
         dual_variables: $\lambda$, of shape `(3,)`.
@@ -36,11 +36,6 @@ class Weights(ABC):
     def flow_share(self) -> float:
         """Share of the reverse divergence that the flow is asked to lower."""
 
-    @property
-    @abstractmethod
-    def proxy_share(self) -> float:
-        """Share of the reverse divergence that the proxy is asked to lower."""
-
     @abstractmethod
     def update(self, validation: "ValidationDivergences") -> None:
         """Take one dual step, after an epoch.
@@ -52,14 +47,6 @@ class Weights(ABC):
     @abstractmethod
     def start_round(self) -> None:
         """Forget what does not carry over to a new round of simulations."""
-
-    @abstractmethod
-    def state_dict(self) -> Dict[str, Any]:
-        """Return the state as plain numbers."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
 
 
 class ValidationDivergences:
@@ -114,20 +101,10 @@ class FixedWeights(Weights):
     def flow_share(self) -> float:
         return 1.0
 
-    @property
-    def proxy_share(self) -> float:
-        return 1.0
-
     def update(self, validation: ValidationDivergences) -> None:
         pass
 
     def start_round(self) -> None:
-        pass
-
-    def state_dict(self) -> Dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
         pass
 
 
@@ -177,12 +154,11 @@ class AdaptiveWeights(Weights):
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1), got {smoothing}.")
         self.h = HuberRelaxation() if relaxation is None else relaxation
-        alpha = getattr(self.h, "alpha", math.inf)
-        if dual_learning_rate > alpha:
+        if dual_learning_rate > self.h.curvature:
             raise ValueError(
-                f"A dual_learning_rate of {dual_learning_rate} overshoots for alpha="
-                f"{alpha}: it must not exceed alpha. FixedWeights are the limit of a "
-                "vanishing alpha."
+                f"A dual_learning_rate of {dual_learning_rate} overshoots for "
+                f"alpha={self.h.curvature}: it must not exceed alpha. FixedWeights are "
+                "the limit of a vanishing alpha."
             )
         self.dual_learning_rate = dual_learning_rate
         self.smoothing = smoothing
@@ -195,10 +171,6 @@ class AdaptiveWeights(Weights):
     @property
     def flow_share(self) -> float:
         return self.trust
-
-    @property
-    def proxy_share(self) -> float:
-        return 1.0
 
     def update(self, validation: ValidationDivergences) -> None:
         v = validation
@@ -225,15 +197,3 @@ class AdaptiveWeights(Weights):
     def start_round(self) -> None:
         # Another round's simulations have another entropy; the duals carry over.
         self.entropy_baseline = math.inf
-
-    def state_dict(self) -> Dict[str, Any]:
-        return {
-            "dual_variables": self.dual_variables.tolist(),
-            "entropy_baseline": self.entropy_baseline,
-            "trust": self.trust,
-        }
-
-    def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.dual_variables = torch.tensor(state["dual_variables"])
-        self.entropy_baseline = state["entropy_baseline"]
-        self.trust = state["trust"]

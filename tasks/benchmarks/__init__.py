@@ -1,0 +1,1 @@
+"""Studies of the project's own tools: `python -m tasks.benchmarks.NAME --help`."""
