@@ -12,7 +12,7 @@ from sbi.inference.trainers._contracts import LossArgs, LossArgsNPE, TrainConfig
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from sbi.neural_nets.estimators.base import ConditionalEstimatorBuilder
 from sbi.sbi_types import Tracker
-from sbi.utils.sbiutils import within_support
+from sbi.utils.sbiutils import ImproperEmpirical, within_support
 from sbi.utils.torchutils import assert_all_finite
 from torch import Tensor
 from torch.distributions import Distribution
@@ -686,6 +686,8 @@ def _check_prior(prior: Optional[Distribution], theta: Tensor) -> None:
     """Raise or warn if the parameters are not such as the prior gives."""
     if prior is None or not isinstance(theta, Tensor):
         return
+    if isinstance(prior, ImproperEmpirical):
+        return  # sbi's stand-in where no prior was given, made of the parameters
     shape = prior.event_shape or prior.batch_shape
     if shape != theta.shape[1:]:
         raise ValueError(

@@ -905,3 +905,20 @@ def test_training_says_nothing_when_all_is_well():
         inference = make()
         train(inference)
         inference.build_posterior(sample_with="refined")
+
+
+@pytest.mark.filterwarnings("ignore:Maximum number of epochs")
+@pytest.mark.filterwarnings("ignore:No prior was given")
+def test_without_a_prior_simulations_may_come_in_parts():
+    theta = torch.randn(200, 2)
+    x = theta + 0.1 * torch.randn(200, 2)
+    inference = JeffreysNPE(tracker=NoTracker(), show_progress_bars=False)
+    inference.append_simulations(theta[:120], x[:120])
+    inference.append_simulations(theta[120:], x[120:])
+    inference.train(max_num_epochs=1)
+    assert len(inference.train_indices) + len(inference.val_indices) == 200
+    for sample_with in ("direct", "refined"):
+        posterior = inference.build_posterior(sample_with=sample_with)
+        samples = posterior.sample((5,), x=x[:1], show_progress_bars=False)
+        assert samples.shape == (5, 2)
+        assert samples.isfinite().all()
