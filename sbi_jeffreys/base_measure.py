@@ -170,7 +170,6 @@ def make_base_measure(
 
     Returns:
         The base measure.
-
     """
     if prior is None or isinstance(prior, ImproperEmpirical):
         if name == "prior":

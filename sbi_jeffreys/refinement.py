@@ -24,6 +24,9 @@ from sbi_jeffreys.flow import rsample_and_log_prob
 #: Exponents among which validation chooses.
 EXPONENTS = torch.linspace(0.0, 1.0, 11)
 
+# Parameters among which those of a simulation are told, in later rounds.
+MAX_ATOMS = 50
+
 
 def log_ratio(
     flow: ConditionalDensityEstimator,
@@ -113,7 +116,8 @@ def choose_exponent(
         candidates = torch.cat((log_w, log_w_samples))
         log_base = torch.zeros_like(candidates)
     else:
-        atoms = torch.stack([theta.roll(shift, 0) for shift in range(len(theta))][:50])
+        num_atoms = min(len(theta), MAX_ATOMS)
+        atoms = torch.stack([theta.roll(shift, 0) for shift in range(num_atoms)])
         candidates = log_ratio(flow, proxy, atoms, x)
         log_prior = prior.log_prob(atoms.flatten(0, 1)).reshape(candidates.shape)
         log_base = flow.log_prob(atoms, x) - log_prior
