@@ -4,10 +4,20 @@
 parts.
 """
 
+from sbi_jeffreys.diagnostics import (
+    FitCheck,
+    ModelComparison,
+    check_fit,
+    compare_models,
+)
 from sbi_jeffreys.energy import ConditionalEnergy, energy_nn
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.objective import JeffreysObjective
-from sbi_jeffreys.posterior import RefinedPosterior
+from sbi_jeffreys.posterior import (
+    RefinedPosterior,
+    RefinedPotential,
+    proxy_based_potential,
+)
 from sbi_jeffreys.relaxation import HuberRelaxation, QuadraticRelaxation
 from sbi_jeffreys.tracking import NoTracker
 from sbi_jeffreys.trainer import JeffreysNPE
@@ -17,14 +27,20 @@ from sbi_jeffreys.weights import AdaptiveWeights, FixedWeights
 __all__ = [
     "AdaptiveWeights",
     "ConditionalEnergy",
+    "FitCheck",
     "FixedWeights",
     "HuberRelaxation",
     "JeffreysEstimator",
     "JeffreysNPE",
     "JeffreysObjective",
+    "ModelComparison",
     "NoTracker",
     "QuadraticRelaxation",
     "RefinedPosterior",
+    "RefinedPotential",
+    "check_fit",
+    "compare_models",
     "energy_nn",
+    "proxy_based_potential",
     "__version__",
 ]

@@ -11,8 +11,13 @@ from copy import deepcopy
 from typing import Any, Callable, Optional, Tuple
 
 import torch
+from sbi.sbi_types import Shape
+from sbi.utils import RestrictedPrior
 from sbi.utils.sbiutils import ImproperEmpirical, within_support
-from sbi.utils.user_input_checks_utils import move_distribution_to_device
+from sbi.utils.user_input_checks_utils import (
+    PytorchReturnTypeWrapper,
+    move_distribution_to_device,
+)
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -37,6 +42,7 @@ class BaseMeasure(ABC):
         scale = theta.std(0) if len(theta) > 1 else torch.ones_like(theta[0])
         self.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         self.center = theta.mean(0)
+        self._center_is_inside: Optional[bool] = None
 
     @abstractmethod
     def _log_prob_inside(self, theta: Tensor) -> Tensor:
@@ -91,7 +97,8 @@ class BaseMeasure(ABC):
         with $c(\theta)$ the nearest point inside and $\sigma$ the spread of the
         simulated parameters. It is $\log b(\theta)$ inside, finite everywhere, and its
         gradient outside points back: what leaks beyond the prior costs the flow.
-        Where the support is not a box, the way back leads to the mean.
+        Where the support is not a box, the way back leads to the mean, or to the
+        sample of the reference next to it if the support leaves the mean out.
 
         Args:
             theta: Parameters of shape `(*batch_shape, *input_shape)`.
@@ -105,9 +112,23 @@ class BaseMeasure(ABC):
         log_b, beyond = self._extend(flat, nearest)
         outside = ~torch.isfinite(log_b.detach())
         if outside.any():  # the support is no box, or smaller than it says
-            nearest = torch.where(outside.unsqueeze(-1), self.center, nearest)
+            inner = self._inner_point()
+            nearest = torch.where(outside.unsqueeze(-1), inner, nearest)
             log_b, beyond = self._extend(flat, nearest)
         return (log_b - slope * beyond).reshape(theta.shape[:-1])
+
+    def _inner_point(self) -> Tensor:
+        """Return the mean or, if that is outside, a sample inside next to it."""
+        if self._center_is_inside is None:
+            center = self.center.unsqueeze(0)
+            self._center_is_inside = bool(self.log_prob(center).isfinite().all())
+            if not self._center_is_inside:
+                theta = self.sample(1000, 1).squeeze(1)
+                theta = theta[self.log_prob(theta).isfinite()]
+                if len(theta):
+                    distance = ((theta - center) / self.scale).square().sum(-1)
+                    self.center = theta[distance.argmin()]
+        return self.center
 
     def _extend(self, theta: Tensor, nearest: Tensor) -> Tuple[Tensor, Tensor]:
         """Return the density at the nearest points, and the distances to them."""
@@ -192,8 +213,72 @@ def make_base_measure(
         prior = Independent(prior, 1, validate_args=False)
     # Moving the proxy to another device must not move the user's prior.
     prior = deepcopy(prior)
+    if isinstance(prior, RestrictedPrior):
+        prior = _RestrictedReference(prior)
     measure = PriorMeasure if name == "prior" else LebesgueMeasure
     return measure(prior, theta)
+
+
+def event_shape(prior: Distribution) -> torch.Size:
+    """Return the shape of one parameter set, also of what sbi gives no shape."""
+    if isinstance(prior, RestrictedPrior):
+        return event_shape(prior._prior)
+    if isinstance(prior, PytorchReturnTypeWrapper):
+        return event_shape(prior.prior)
+    # sbi takes Uniform(low, high) with vectors for a prior over a vector.
+    return prior.event_shape or prior.batch_shape
+
+
+def is_inside(prior: Distribution, theta: Tensor) -> Tensor:
+    """Return whether parameters lie within the support, `(batch_dim,)`.
+
+    Of a `RestrictedPrior` sbi's `within_support` asks for the unrestricted support.
+    """
+    if not isinstance(prior, RestrictedPrior):
+        return within_support(prior, theta)
+    inside = is_inside(prior._prior, theta)
+    if inside.any():
+        inside[inside.clone()] = prior._accept_reject_fn(theta[inside]).bool()
+    return inside
+
+
+class _RestrictedReference(Distribution):
+    """sbi's `RestrictedPrior` with an event shape, and without its messages.
+
+    Args:
+        prior: The restricted prior.
+    """
+
+    # Accepted samples behind the constant of the density: an error of 2 %.
+    NUM_SAMPLES = 2_000
+
+    def __init__(self, prior: RestrictedPrior) -> None:
+        super().__init__(event_shape=event_shape(prior), validate_args=False)
+        self.prior = prior
+
+    def sample(self, sample_shape: Shape = torch.Size()) -> Tensor:
+        return self.prior.sample(tuple(sample_shape), print_rejected_frac=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        prior = self.prior
+        if prior.acceptance_rate is None:
+            prior.sample(
+                torch.Size((self.NUM_SAMPLES,)),
+                sample_with="rejection",
+                save_acceptance_rate=True,
+                print_rejected_frac=False,
+            )
+        inside = is_inside(prior, value)
+        log_prob = value.new_full(value.shape[:1], -torch.inf)
+        if inside.any():
+            constant = torch.as_tensor(prior.acceptance_rate).log()
+            log_prob[inside] = prior._prior.log_prob(value[inside]) - constant
+        return log_prob
+
+    def to(self, device: str | torch.device) -> None:
+        """Move the prior; what it accepts by is the user's and stays."""
+        self.prior._prior = move_distribution_to_device(self.prior._prior, device)
+        self.prior._device = str(device)
 
 
 def _box_bounds(

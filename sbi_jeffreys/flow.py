@@ -115,5 +115,6 @@ def check_has_rsample(flow: ConditionalDensityEstimator, x: Tensor) -> None:
     if not difference < 0.05:
         raise ValueError(
             f"{type(flow).__name__}.sample_and_log_prob returns densities that differ "
-            f"from its log_prob by {difference:.2g} (median). {mend}"
+            f"from its log_prob by {difference:.2g} (median). {mend} If it is one of "
+            "these, look for extreme values in theta and x, and let it z-score both."
         )

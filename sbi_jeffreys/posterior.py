@@ -1,7 +1,7 @@
 """The refined posterior: samples of the flow, reweighted by the proxy."""
 
 import warnings
-from typing import Optional, Union
+from typing import Optional, Tuple, Union
 
 import torch
 from sbi.inference.posteriors.base_posterior import NeuralPosterior
@@ -9,9 +9,13 @@ from sbi.inference.potentials.base_potential import BasePotential
 from sbi.neural_nets.estimators.shape_handling import (
     reshape_to_batch_event,
 )
-from sbi.sbi_types import Shape
+from sbi.sbi_types import Shape, TorchTransform
 from sbi.utils.sbiutils import mcmc_transform, within_support
-from sbi.utils.torchutils import ensure_theta_batched, process_device
+from sbi.utils.torchutils import (
+    ensure_theta_batched,
+    infer_module_device,
+    process_device,
+)
 from sbi.utils.user_input_checks_utils import move_distribution_to_device
 from torch import Tensor
 from torch.distributions import Distribution
@@ -26,6 +30,13 @@ class RefinedPotential(BasePotential):
 
     .. math:: (1 - \beta) \log p(\theta \mid x) + \beta \, (\log b(\theta) +
         f(\theta, x))
+
+    With $\beta = 1$ it is the potential of the proxy alone, and the flow is not
+    asked. Several observations are read as sbi's own potential of NPE reads them: one
+    for each parameter or, where sbi's MCMC says so, as independent of each other given
+    the parameters:
+
+    .. math:: \textstyle\sum_i \log r(\theta \mid x_i) - (n - 1) \log p_0(\theta)
 
     Args:
         estimator: Flow and proxy.
@@ -53,6 +64,10 @@ class RefinedPotential(BasePotential):
         self.estimator.to(device)
         return self
 
+    def set_x(self, x_o: Optional[Tensor], x_is_iid: Optional[bool] = False) -> None:
+        """Set the observation, see `sbi.inference.potentials.base_potential`."""
+        super().set_x(x_o, x_is_iid=x_is_iid)
+
     def __call__(self, theta: Tensor, track_gradients: bool = True) -> Tensor:
         """Return the potential at parameters of shape `(num, *input_shape)`.
 
@@ -62,16 +77,93 @@ class RefinedPotential(BasePotential):
 
         Returns:
             Of shape `(num,)`.
+
+        Raises:
+            ValueError: If there are several observations, not independent of each
+                other, and not as many as parameters.
         """
         theta = ensure_theta_batched(torch.as_tensor(theta)).to(self.device)
         x = reshape_to_batch_event(self.x_o, self.estimator.condition_shape)
+        prior = self.prior
+        assert prior is not None
         with torch.set_grad_enabled(track_gradients):
-            inside = within_support(self.prior, theta)
-            points = theta.unsqueeze(1)
-            log_p = self.estimator.log_prob(points, x)
-            log_w = self.estimator.proxy.log_unnormalized(points, x) - log_p
-            potential = (log_p + temper(log_w, self.exponent)).squeeze(1)
+            inside = within_support(prior, theta)
+            if len(x) == 1:
+                potential = self._log_density(theta.unsqueeze(1), x).squeeze(1)
+            elif self.x_is_iid:
+                points = theta.unsqueeze(1).expand(-1, len(x), *theta.shape[1:])
+                potential = self._log_density(points, x).sum(1)
+                # A prior may answer NaN, or raise, outside its support.
+                log_prior = torch.zeros_like(potential)
+                log_prior[inside] = prior.log_prob(theta[inside])
+                potential = potential - (len(x) - 1) * log_prior
+            elif len(x) == len(theta):
+                potential = self._log_density(theta.unsqueeze(0), x).squeeze(0)
+            else:
+                raise ValueError(
+                    f"{len(x)} observations need one parameter set each, or one "
+                    f"observation for all; got {len(theta)} parameter sets."
+                )
             return torch.where(inside, potential, -torch.inf)
+
+    def _log_density(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Return the unnormalised log density, `(sample_dim, batch_dim)`."""
+        log_q = self.estimator.proxy.log_unnormalized(theta, x)
+        if self.exponent == 1:
+            return log_q
+        log_p = self.estimator.log_prob(theta, x)
+        return log_p + temper(log_q - log_p, self.exponent)
+
+
+def proxy_based_potential(
+    estimator: JeffreysEstimator,
+    prior: Distribution,
+    x_o: Optional[Tensor],
+    enable_transform: bool = True,
+) -> Tuple[RefinedPotential, TorchTransform]:
+    r"""Return the potential of the proxy alone, for any sampler of sbi.
+
+    .. math:: \log b(\theta) + f(\theta, x_o)
+
+    It is to the proxy what `sbi.inference.posterior_estimator_based_potential` is to
+    the flow: MCMC, rejection and importance sampling or variational inference on the
+    proxy do not depend on samples of the flow.
+
+    Example:
+    --------
+
+    ::
+
+        potential, transform = proxy_based_potential(estimator, prior, x_o)
+        posterior = MCMCPosterior(potential, proposal=prior, theta_transform=transform)
+        samples = posterior.sample((1000,))
+
+    Args:
+        estimator: What `JeffreysNPE.train` returned.
+        prior: The prior.
+        x_o: The observation.
+        enable_transform: Whether to transform parameters to unconstrained space.
+
+    Returns:
+        The potential and a transformation to unconstrained space.
+
+    Raises:
+        TypeError: If `estimator` is not a `JeffreysEstimator`.
+    """
+    _check_estimator(estimator)
+    estimator.eval()
+    device = infer_module_device(estimator, fallback="cpu")
+    potential = RefinedPotential(estimator, prior, 1.0, x_o, device)
+    transform = mcmc_transform(prior, device=device, enable_transform=enable_transform)
+    return potential, transform
+
+
+def _check_estimator(estimator: object) -> None:
+    if not isinstance(estimator, JeffreysEstimator):
+        raise TypeError(
+            "The refined posterior needs the proxy of a JeffreysEstimator, as "
+            f"JeffreysNPE.train returns it; got {type(estimator).__name__}."
+        )
 
 
 class RefinedPosterior(NeuralPosterior):
@@ -91,9 +183,10 @@ class RefinedPosterior(NeuralPosterior):
         estimator: What `JeffreysNPE.train` returned.
         prior: The prior; samples outside its support are left out.
         exponent: The exponent $\beta$; that of the estimator if not given.
-        oversampling_factor: Number of samples drawn from the flow for each one kept.
+        oversampling_factor: Number of samples drawn from the flow for each one kept;
+            `min_num_candidates` in all at least.
         max_sampling_batch_size: Number of samples of the flow drawn at a time.
-        device: Device of the estimator.
+        device: Device of the estimator, found out if not given.
 
     Raises:
         TypeError: If `estimator` is not a `JeffreysEstimator`.
@@ -102,6 +195,9 @@ class RefinedPosterior(NeuralPosterior):
 
     #: Below this share of the samples the weights are said to have collapsed.
     min_relative_ess = 0.02
+    #: Samples drawn from the flow at least: one of four candidates, however weighted,
+    #: is still nearly a sample of the flow.
+    min_num_candidates = 100
 
     def __init__(
         self,
@@ -112,11 +208,7 @@ class RefinedPosterior(NeuralPosterior):
         max_sampling_batch_size: int = 10_000,
         device: Optional[Union[str, torch.device]] = None,
     ) -> None:
-        if not isinstance(estimator, JeffreysEstimator):
-            raise TypeError(
-                "The refined posterior needs the proxy of a JeffreysEstimator, as "
-                f"JeffreysNPE.train returns it; got {type(estimator).__name__}."
-            )
+        _check_estimator(estimator)
         exponent = estimator.exponent if exponent is None else exponent
         if not 0 <= exponent <= 1:
             raise ValueError(f"exponent must be between 0 and 1, got {exponent}.")
@@ -124,7 +216,8 @@ class RefinedPosterior(NeuralPosterior):
             raise ValueError(
                 f"oversampling_factor must be at least 1, got {oversampling_factor}."
             )
-        device = "cpu" if device is None else device
+        if device is None:
+            device = infer_module_device(estimator, fallback="cpu")
         estimator.eval()
         super().__init__(
             potential_fn=RefinedPotential(estimator, prior, exponent, device=device),
@@ -136,6 +229,7 @@ class RefinedPosterior(NeuralPosterior):
         self.exponent = exponent
         self.oversampling_factor = oversampling_factor
         self.max_sampling_batch_size = max_sampling_batch_size
+        self._normalisation: Optional[Tuple[Tensor, int, Tensor]] = None
         self._purpose = (
             """It samples the flow and resamples with the proxy's weights."""
         )
@@ -211,6 +305,8 @@ class RefinedPosterior(NeuralPosterior):
             theta: Parameters of shape `(num, *input_shape)`.
             x: Observation; the default `x` if not given.
             norm_posterior: Whether to normalise, by importance sampling from the flow.
+                The constant of the last observation is kept, so that the densities of
+                several calls compare.
             track_gradients: Whether to track gradients.
             num_samples: Number of samples of the flow for the normalisation.
 
@@ -220,7 +316,7 @@ class RefinedPosterior(NeuralPosterior):
         x = self._single_x(x)
         log_prob = self.potential(theta, x, track_gradients)
         if norm_posterior:
-            log_prob = log_prob - self._log_partition(x, num_samples).debiased
+            log_prob = log_prob - self._log_normalisation(x, num_samples)
         return log_prob
 
     def effective_sample_size(
@@ -278,12 +374,22 @@ class RefinedPosterior(NeuralPosterior):
             num_samples -= num
         return torch.cat(thetas), torch.cat(log_weights)
 
+    def _log_normalisation(self, x: Tensor, num_samples: int) -> Tensor:
+        kept = self._normalisation
+        if kept is None or kept[1] != num_samples or not torch.equal(kept[0], x):
+            log_z = self._log_partition(x, num_samples).debiased
+            self._normalisation = kept = (x, num_samples, log_z)
+        return kept[2]
+
     def _log_partition(self, x: Tensor, num_samples: int) -> LogPartition:
         return from_log_weights(self._propose(num_samples, x)[1])
 
     def _resample(self, sample_shape: torch.Size, x: Tensor) -> Tensor:
         num_samples = sample_shape.numel()
-        theta, log_weights = self._propose(num_samples * self.oversampling_factor, x)
+        num_candidates = max(
+            num_samples * self.oversampling_factor, self.min_num_candidates
+        )
+        theta, log_weights = self._propose(num_candidates, x)
         if torch.isneginf(log_weights).all(0).any():
             raise RuntimeError(
                 "All samples of the flow lie outside the prior's support at this "

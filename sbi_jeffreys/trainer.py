@@ -3,6 +3,7 @@
 import math
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, Union
 
 import torch
@@ -12,7 +13,7 @@ from sbi.inference.trainers._contracts import LossArgs, LossArgsNPE, TrainConfig
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from sbi.neural_nets.estimators.base import ConditionalEstimatorBuilder
 from sbi.sbi_types import Tracker
-from sbi.utils.sbiutils import ImproperEmpirical, within_support
+from sbi.utils.sbiutils import ImproperEmpirical
 from sbi.utils.torchutils import assert_all_finite
 from torch import Tensor
 from torch.distributions import Distribution
@@ -21,10 +22,31 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from sbi_jeffreys.atomic import atomic_proxy_loss
+from sbi_jeffreys.base_measure import event_shape, is_inside
 from sbi_jeffreys.energy import ConditionalEnergy, EnergyBuilder, energy_nn
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.flow import check_has_rsample
 from sbi_jeffreys.objective import Divergences, JeffreysObjective, Proposals
+from sbi_jeffreys.persistence import (
+    PER_TRAINING,
+    Checkpoint,
+    PathLike,
+    all_finite,
+    capture,
+    copy_of_networks,
+    copy_of_state,
+    from_content,
+    keeping_random_state,
+    load_networks,
+    log_prior,
+    random_state,
+    read,
+    record_built_with,
+    restore,
+    set_random_state,
+    to_content,
+    write,
+)
 from sbi_jeffreys.posterior import RefinedPosterior
 from sbi_jeffreys.refinement import choose_exponent
 from sbi_jeffreys.tracking import NoTracker
@@ -45,6 +67,24 @@ NUM_VALIDATION_SAMPLES = 16
 PROPOSAL_EPOCHS = 3
 # Conditions for which proposals are drawn at once, which bounds the memory.
 PROPOSAL_BATCH_SIZE = 2_000
+# Times in a row that an epoch is tried again after it turned NaN or infinite.
+MAX_RETRIES = 3
+# How much less probable than all samples of the prior parameters must be to be warned
+# of, in nats.
+NATS_OF_DOUBT = 50
+
+
+class NonFiniteError(ValueError):
+    """Training turned NaN or infinite."""
+
+
+# What flows, distributions and linear algebra raise when numbers turn NaN.
+NUMERICAL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    ValueError,
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+)
 
 #: What `JeffreysNPE.summary` and the tracker hold for every epoch beside sbi's own.
 EPOCH_METRICS = (
@@ -166,6 +206,13 @@ class JeffreysNPE(NPE):
         # Validation loss, epoch and state of either model at its best: the flow and
         # the proxy need not be at their best in the same epoch.
         self._best: Dict[str, Tuple[float, int, Dict[str, Tensor]]] = {}
+        # The training as it was after its last complete epoch.
+        self._last_epoch: Optional[Dict[str, Any]] = None
+        self._num_retries = 0
+        self._finished = True  # no training is under way
+        self._starting_round = 0
+        self._built_with: Dict[str, Any] = {}
+        self._checkpoint: Optional[Checkpoint] = None
 
     @property
     def weights(self) -> Weights:
@@ -188,10 +235,125 @@ class JeffreysNPE(NPE):
         """
         _check_simulations(theta, x)
         if proposal is None:
-            _check_prior(self._prior, theta)
-        return super().append_simulations(
-            theta, x, proposal, exclude_invalid_x, data_device
+            _check_prior(self._prior, theta, self._device)
+            _check_density(self._prior, theta, self._device)
+        parts = (
+            self._data_round_index,
+            self._prior_masks,
+            self._theta_roundwise,
+            self._x_roundwise,
+            self._proposal_roundwise,
         )
+        num_parts = len(self._data_round_index)
+        try:
+            return super().append_simulations(
+                theta, x, proposal, exclude_invalid_x, data_device
+            )
+        except BaseException:
+            for part in parts:  # appended all or not at all
+                del part[num_parts:]
+            raise
+
+    def train(  # type: ignore[override]
+        self, *args: Any, checkpoint: Optional[PathLike] = None, **kwargs: Any
+    ) -> ConditionalDensityEstimator:
+        """Train flow and proxy, see `sbi.inference.NPE.train`.
+
+        Ctrl-C ends the training with the best networks so far. An epoch that turns
+        NaN or infinite is tried again from the last complete one, with half the
+        learning rate; when that does not help, training ends with the best networks.
+
+        With `resume_training=True` training goes on from the last complete epoch as if
+        it had not ended there: with the networks, the optimizer, the dual variables
+        and the random numbers of then. The caller's random numbers are left as they
+        are.
+
+        Args:
+            *args: As in `sbi.inference.NPE.train`.
+            checkpoint: File to save the training to as it goes on, as `save` does.
+                A process that is killed loses the last epoch, or 5 % of its time. To
+                go on: `load(checkpoint)`, then `train(resume_training=True)`.
+            **kwargs: As in `sbi.inference.NPE.train`.
+
+        Returns:
+            The `JeffreysEstimator`: the best flow and the best proxy.
+
+        Raises:
+            OSError: If the checkpoint cannot be written when training starts. Later
+                it is warned of.
+            ValueError: If there is no training to resume, or if the validation loss
+                was never finite.
+        """
+        self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._checkpoint = None
+
+    def save(self, path: PathLike, simulations: bool = True) -> None:
+        """Save what was trained, to `load` it in another process.
+
+        The file holds the networks, the summary and, unless left out, the simulations
+        and all that `train(resume_training=True)` needs. It holds no code: neither
+        prior nor builders, which `load` takes from the object that it is called on.
+        It is written whole or not at all.
+
+        Args:
+            path: Path of the file.
+            simulations: Whether to save simulations and training, too. Without them
+                the file is small, and good for `build_posterior` only.
+
+        Raises:
+            ValueError: If nothing was trained yet, or if the simulations are not here.
+            OSError: If the file cannot be written. One of before is then as it was.
+        """
+        if self._neural_net is None:
+            raise ValueError("There is no trained network yet: call .train() first.")
+        if simulations and not self._theta_roundwise:
+            raise ValueError(
+                "The simulations are not here: this JeffreysNPE was loaded from a file "
+                "without them. Use save(path, simulations=False)."
+            )
+        write(path, to_content(self, simulations))
+
+    def load(self, path: PathLike) -> "JeffreysNPE":
+        """Load what `save`, or `train(checkpoint=...)`, has saved.
+
+        ::
+
+            inference = JeffreysNPE(prior, density_estimator="nsf")  # as then
+            inference.load("training.pt")
+            inference.train(resume_training=True)  # if it had not ended
+            posterior = inference.build_posterior()
+
+        Args:
+            path: Path of the file. No code in it is run.
+
+        Returns:
+            The object itself, now with the networks, the summary and the simulations
+            of the file. If simulations were appended to it before, they must be those
+            of the file.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is damaged, of another kind or of another format
+                version, or if prior, simulations, networks or weights are others than
+                those that it was saved with. The object is then as it was.
+        """
+        content = read(path)
+        if self._build_flow is None:
+            raise ValueError(
+                "An unpickled JeffreysNPE has lost its builders, which load needs. "
+                "Make a new one: JeffreysNPE(prior, ...).load(path)."
+            )
+        from_content(self, content)
+        if self._last_epoch is not None and not self._finished:
+            # A training that had not ended. What its end would have done:
+            self._restore_best()
+            dataset = TensorDataset(*self.get_simulations(self._starting_round))
+            with keeping_random_state(self._device):
+                self._estimator.exponent = self._choose_exponent(DataLoader(dataset))
+        return self
 
     def get_dataloaders(
         self,
@@ -212,6 +374,11 @@ class JeffreysNPE(NPE):
         Raises:
             ValueError: If training or validation would be left without simulations.
         """
+        if resume_training and self._last_epoch is None:
+            raise ValueError(
+                "There is no training to resume: no epoch was completed, or the "
+                "simulations were left out when it was saved. Call .train() first."
+            )
         num = sum(
             len(theta)
             for theta, round_ in zip(
@@ -313,6 +480,25 @@ class JeffreysNPE(NPE):
         self._weights = deepcopy(self._initial_weights)
         return JeffreysEstimator(flow, proxy)
 
+    def _initialize_neural_network(
+        self, retrain_from_scratch: bool, start_idx: int
+    ) -> None:
+        before, random = self._neural_net, random_state(self._device)
+        weights = self._weights.state_dict()
+        try:
+            super()._initialize_neural_network(retrain_from_scratch, start_idx)
+        except BaseException:
+            self._neural_net = before
+            raise
+        states = None
+        if isinstance(before, JeffreysEstimator):
+            states = copy_of_networks(before)
+        lengths = {name: len(values) for name, values in self._summary.items()}
+        self._before_training = before, states, weights, lengths
+        self._starting_round = start_idx
+        if self._neural_net is not before:
+            self._built_with = record_built_with(self, start_idx, random)
+
     def _run_training_loop(
         self,
         train_loader: DataLoader,
@@ -321,38 +507,149 @@ class JeffreysNPE(NPE):
         loss_args: Optional[LossArgs] = None,
         summarization_kwargs: Optional[Dict[str, Any]] = None,
     ) -> ConditionalDensityEstimator:
-        if not train_config.resume_training:
+        resumed, random = train_config.resume_training, random_state(self._device)
+        self._finished = False
+        self._num_retries = 0
+        self._num_batches = len(train_loader)
+        if resumed:
+            assert self._last_epoch is not None  # get_dataloaders has seen to it
+            restore(self, self._last_epoch)
+            set_random_state(self._last_epoch["random_state"], self._device)
+        else:
             self._best = {}
             self._proposals = None
             self._num_skipped_steps = 0
+            self._last_epoch = None
             self._weights.start_round()
         num_epochs = len(self._summary["validation_loss"])
-        try:
-            super()._run_training_loop(
-                train_loader, val_loader, train_config, loss_args, summarization_kwargs
-            )
-        except KeyboardInterrupt:
-            if "flow" not in self._best:
-                raise
-            self._finish_interrupted(num_epochs)
+        num_trainings = len(self._summary["epochs_trained"])
+        while True:
+            try:
+                super()._run_training_loop(
+                    train_loader,
+                    val_loader,
+                    train_config,
+                    loss_args,
+                    summarization_kwargs,
+                )
+                break
+            except BaseException as error:
+                for name in PER_TRAINING:
+                    del self._summary[name][num_trainings:]
+                reason = self._why_to_stop(error)
+            if reason is not None:
+                self._finish_early(reason, num_epochs)
+                break
+            train_config = replace(train_config, resume_training=True)
         if self._num_skipped_steps:
             warnings.warn(
                 f"{self._num_skipped_steps} training steps had gradients that were not "
                 "finite and were left out. Many of them ask for a lower learning_rate, "
                 "or for outliers to be looked at.",
-                stacklevel=4,
+                stacklevel=5,
             )
         estimator = self._estimator
         self._restore_best()
         self._best_val_loss = self._best["flow"][0]
         if not math.isfinite(self._best_val_loss):
+            self._forget_training()
             raise ValueError(
                 "The validation loss of the flow was never finite, so that no network "
                 "can be chosen. Look for NaN, infinite or extreme values in theta and "
                 "x, and try a lower learning_rate."
             )
+        self._warn_of_nan(num_epochs)
         estimator.exponent = self._choose_exponent(val_loader)
+        self._finished = True
+        if self._checkpoint is not None:
+            self._checkpoint.write(self, last=True)
+        if resumed:
+            set_random_state(random, self._device)
         return estimator
+
+    def _warn_of_nan(self, num_epochs_before: int) -> None:
+        """Warn of epochs whose divergences were not finite."""
+        epochs = {
+            name: [
+                epoch
+                for epoch, value in enumerate(self._summary[name])
+                if epoch >= num_epochs_before and not math.isfinite(value)
+            ]
+            for name in EPOCH_METRICS
+            if name != "trust"  # of fixed weights there is none
+        }
+        names = [name for name in epochs if epochs[name]]
+        if names:
+            num = len(set().union(*epochs.values()))
+            warnings.warn(
+                f"In {num} epochs {', '.join(names)} were NaN or infinite: densities "
+                "of flow or proxy left single precision. Look for extreme values in "
+                "theta and x, and try a lower learning_rate.",
+                stacklevel=6,
+            )
+
+    def _why_to_stop(self, error: BaseException) -> Optional[str]:
+        """Go back to the last complete epoch after an error.
+
+        Returns:
+            Why training ends there; `None` if it is to be tried again.
+
+        Raises:
+            BaseException: The error, if no epoch was complete, or if it has nothing to
+                do with numbers. The networks are then what they were before the
+                training, or the best of it.
+        """
+        numerical = isinstance(error, NUMERICAL_ERRORS) or (
+            isinstance(error, RuntimeError) and not all_finite(self._estimator)
+        )
+        state = self._last_epoch
+        if state is None or not math.isfinite(self._best["flow"][0]):
+            self._forget_training()
+            if not numerical or isinstance(error, NonFiniteError):
+                raise error
+            raise NonFiniteError(
+                f"Training failed in its first epoch: {str(error) or repr(error)} Look "
+                "for NaN, infinite or extreme values in theta and x, and try a lower "
+                "learning_rate."
+            ) from error
+        restore(self, state)
+        num_epochs = state["epoch"]
+        if isinstance(error, KeyboardInterrupt):
+            return f"Training was interrupted after {num_epochs} epochs."
+        if not numerical:
+            self._restore_best()
+            raise error
+        if self._num_retries == MAX_RETRIES:
+            return (
+                f"Training was stopped after {num_epochs} epochs: the next one turned "
+                f"NaN or infinite {MAX_RETRIES + 1} times ({error!r})."
+            )
+        # Other random numbers and smaller steps.
+        self._num_retries += 1
+        if self._num_retries > 1:  # the last complete epoch was no good start
+            self._restore_best()
+        for group in self.optimizer.param_groups:
+            group["lr"] /= 2**self._num_retries
+        warnings.warn(
+            f"After {num_epochs} complete epochs training turned NaN or infinite "
+            f"({error!r}). It goes on from the "
+            f"{'last' if self._num_retries == 1 else 'best'} of them, with a learning "
+            f"rate of {self.optimizer.param_groups[0]['lr']:.3g}.",
+            stacklevel=6,
+        )
+        return None
+
+    def _forget_training(self) -> None:
+        """Put the networks back to what they were before a training that failed."""
+        self._neural_net, states, weights, lengths = self._before_training
+        if states is not None:
+            load_networks(self._estimator, states)
+        self._weights.load_state_dict(weights)
+        for name, length in lengths.items():
+            del self._summary[name][length:]
+        self._best = {}
+        self._last_epoch = None
+        self._finished = True
 
     def _train_epoch(
         self,
@@ -518,9 +815,9 @@ class JeffreysNPE(NPE):
         model = getattr(self._estimator, name)
         loss = math.inf if math.isnan(loss) else loss
         if name not in self._best or loss < self._best[name][0]:
-            self._best[name] = (loss, self.epoch, _copy_of_state(model))
+            self._best[name] = (loss, self.epoch, copy_of_state(model))
             if name == "flow" and self._estimator.shares_parameters:
-                state = _copy_of_state(self._estimator.proxy)
+                state = copy_of_state(self._estimator.proxy)
                 self._best["flow's proxy"] = (loss, self.epoch, state)
 
     def _restore_best(self) -> None:
@@ -550,18 +847,43 @@ class JeffreysNPE(NPE):
         epoch_start_time: float,
         summarization_kwargs: Dict[str, Any],
     ) -> None:
+        self._check_epoch()
         super()._summarize_epoch(
             train_loss, val_loss, epoch_start_time, summarization_kwargs
         )
         for name in EPOCH_METRICS:
             self._summary[name].append(self._epoch_metrics[name])
+        self._last_epoch = capture(self, self.epoch + 1)
+        self._num_retries = 0
+        if self._checkpoint is not None:
+            self._checkpoint.write(self)
+
+    def _check_epoch(self) -> None:
+        """Raise if the epoch was no good start for another."""
+        for name in ("flow", "proxy"):
+            if not all_finite(getattr(self._estimator, name)):
+                raise NonFiniteError(f"The {name} has NaN or infinite parameters.")
+        last = 0 if self._last_epoch is None else self._last_epoch["num_skipped_steps"]
+        if self._num_skipped_steps - last >= self._num_batches:
+            raise NonFiniteError(
+                "No training step had finite gradients. Look for extreme values in "
+                "theta and x, and try a lower learning_rate."
+            )
 
     def _summarize(self, round_: int) -> None:
         offset = sum(self._summary["epochs_trained"][:-1])
-        for name in EPOCH_METRICS:
-            for step, value in enumerate(self._summary[name][offset:], start=offset):
-                self._tracker.log_metric(name=name, value=value, step=step)
-        super()._summarize(round_)
+        try:
+            for name in EPOCH_METRICS:
+                values = self._summary[name][offset:]
+                for step, value in enumerate(values, start=offset):
+                    self._tracker.log_metric(name=name, value=value, step=step)
+            super()._summarize(round_)
+        except OSError as err:  # a full disk must not cost the networks
+            warnings.warn(
+                f"The training log cannot be written ({err}). `inference.summary` "
+                "holds the same.",
+                stacklevel=7,
+            )
 
     def _maybe_show_progress(self, show: bool, epoch: int) -> None:  # type: ignore[override]
         if show:
@@ -576,15 +898,14 @@ class JeffreysNPE(NPE):
                 end="",
             )
 
-    def _finish_interrupted(self, num_epochs_before: int) -> None:
-        """Do at Ctrl-C what sbi's loop does at its end."""
+    def _finish_early(self, reason: str, num_epochs_before: int) -> None:
+        """Do after Ctrl-C or a failure what sbi's loop does at its end."""
         num_epochs = len(self._summary["validation_loss"]) - num_epochs_before
         best_epoch = self._best["flow"][1]
         warnings.warn(
-            f"Training was interrupted after {num_epochs} epochs. The best network so "
-            f"far, of epoch {best_epoch}, is kept; `train(resume_training=True)` goes "
-            "on.",
-            stacklevel=4,
+            f"{reason} The best network so far, of epoch {best_epoch}, is kept; "
+            "`train(resume_training=True)` goes on.",
+            stacklevel=6,
         )
         self._summary["epochs_trained"].append(num_epochs)
         self._summary["best_validation_loss"].append(self._best["flow"][0])
@@ -601,7 +922,18 @@ class JeffreysNPE(NPE):
         )
         # Parameters of later rounds come from a proposal, not from the posterior.
         prior = self._prior if self._round > 0 else None
-        return choose_exponent(estimator.flow, estimator.proxy, theta, x, prior=prior)
+        try:
+            return choose_exponent(
+                estimator.flow, estimator.proxy, theta, x, prior=prior
+            )
+        except NUMERICAL_ERRORS as err:  # must not cost the networks
+            warnings.warn(
+                f"The flow cannot be sampled at the validation simulations ({err!r}), "
+                "so that the refined posterior is left as the flow's. Look for extreme "
+                "values in theta and x, and try a lower learning_rate.",
+                stacklevel=6,
+            )
+            return 0.0
 
     @property
     def _estimator(self) -> JeffreysEstimator:
@@ -623,11 +955,8 @@ class JeffreysNPE(NPE):
         state = super().__getstate__()
         # Builders are closures, which pickle refuses, as for sbi's own.
         state.update(_build_flow=None, _build_proxy=None, _proposals=None)
+        state.update(_checkpoint=None, _before_training=None)
         return state
-
-
-def _copy_of_state(model: torch.nn.Module) -> Dict[str, Tensor]:
-    return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 def _as_weights(weights: Union[str, Weights]) -> Weights:
@@ -680,26 +1009,102 @@ def _check_simulations(theta: Any, x: Any) -> None:
             f"Column(s) {constant} of theta are constant. A parameter that never "
             "varies has no posterior: leave it out of theta and of the prior."
         )
+    _check_columns(theta)
+    discrete = _discrete_columns(theta)
+    if discrete:
+        raise ValueError(
+            f"Column(s) {discrete} of theta are discrete: they hold few values, again "
+            "and again. A flow and its proxy are densities of continuous parameters. "
+            "For continuous and discrete parameters together use sbi.inference.MNPE, "
+            "with the discrete columns last; its counterpart for discrete columns of x "
+            "is sbi.inference.MNLE."
+        )
 
 
-def _check_prior(prior: Optional[Distribution], theta: Tensor) -> None:
+def _discrete_columns(theta: Tensor) -> List[int]:
+    """Return the columns whose values repeat as those of a continuous one do not."""
+    columns = []
+    for column, values in enumerate(theta.T):
+        num_distinct = len(values.unique())
+        few = num_distinct <= 20 and len(values) > 5 * num_distinct
+        # Floats from 2**24 on are all integers.
+        integers = bool(((values == values.round()) & (values.abs() < 2**20)).all())
+        if few or (integers and len(values) >= 2 * num_distinct):
+            columns.append(column)
+    return columns
+
+
+def _check_prior(
+    prior: Optional[Distribution], theta: Tensor, device: Union[str, torch.device]
+) -> None:
     """Raise or warn if the parameters are not such as the prior gives."""
     if prior is None or not isinstance(theta, Tensor):
         return
     if isinstance(prior, ImproperEmpirical):
         return  # sbi's stand-in where no prior was given, made of the parameters
-    shape = prior.event_shape or prior.batch_shape
+    shape = event_shape(prior)
     if shape != theta.shape[1:]:
         raise ValueError(
             f"theta has {theta.shape[1]} parameters, but the prior is over "
             f"{shape.numel()}."
         )
-    num_outside = int((~within_support(prior, theta.to(torch.float32))).sum())
+    # Simulations may be kept on another device than the prior, that of the training.
+    inside = is_inside(prior, theta.to(device, torch.float32))
+    num_outside = int((~inside).sum())
     if num_outside:
         warnings.warn(
             f"{num_outside} of {len(theta)} parameter sets lie outside the prior's "
             "support, where the proxy has no density. Were they drawn from this prior, "
             "in its units?",
+            stacklevel=3,
+        )
+
+
+def _check_columns(theta: Tensor) -> None:
+    """Raise or warn where parameters do not make a density in single precision."""
+    if len(theta) < 2:
+        return
+    resolution = torch.finfo(torch.float32).eps * theta.abs().median(0).values
+    spread = theta.double().std(0)
+    coarse = (resolution > 0.02 * spread).nonzero().flatten().tolist()
+    if coarse:
+        raise ValueError(
+            f"Column(s) {coarse} of theta vary by {spread[coarse[0]]:.3g} around "
+            f"{theta[:, coarse[0]].mean():.6g}, of which single precision leaves only "
+            "few distinct values. Take an offset off theta and the prior."
+        )
+    copies = [
+        (first, second)
+        for second in range(theta.shape[1])
+        for first in range(second)
+        if torch.equal(theta[:, first], theta[:, second])
+    ]
+    if copies:
+        warnings.warn(
+            f"Columns {copies} of theta are the same. No density exists on a line: the "
+            "losses will fall without end. Leave out the copies.",
+            stacklevel=4,
+        )
+
+
+def _check_density(
+    prior: Optional[Distribution], theta: Any, device: Union[str, torch.device]
+) -> None:
+    """Warn of parameters that the prior would never have given."""
+    if prior is None or isinstance(prior, ImproperEmpirical):
+        return
+    if not isinstance(theta, Tensor):
+        return
+    with keeping_random_state(device):
+        typical = log_prior(prior, prior.sample(torch.Size((1000,))))
+    lowest = typical[typical.isfinite()].min() if typical.isfinite().any() else 0.0
+    density = log_prior(prior, theta.to(device, torch.float32))
+    num_far = int((density.isfinite() & (density < lowest - NATS_OF_DOUBT)).sum())
+    if num_far:
+        warnings.warn(
+            f"{num_far} of {len(theta)} parameter sets are far in the tails of the "
+            f"prior, more than {NATS_OF_DOUBT} nats below any of 1,000 of its samples. "
+            "Were they drawn from this prior, in its units?",
             stacklevel=3,
         )
 

@@ -8,7 +8,8 @@ r"""Weights of the three divergences: fixed, or dual variables of the resilient 
 
 import math
 from abc import ABC, abstractmethod
-from typing import Optional, Sequence
+from copy import deepcopy
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +48,17 @@ class Weights(ABC):
     @abstractmethod
     def start_round(self) -> None:
         """Forget what does not carry over to a new round of simulations."""
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return a copy of all attributes that are tensors, numbers or lists of them.
+
+        A training is resumed with them. Extend it where other attributes change.
+        """
+        return deepcopy({k: v for k, v in vars(self).items() if _is_plain(v)})
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Take the attributes that `state_dict` returned."""
+        vars(self).update(deepcopy(state_dict))
 
 
 class ValidationDivergences:
@@ -197,3 +209,11 @@ class AdaptiveWeights(Weights):
     def start_round(self) -> None:
         # Another round's simulations have another entropy; the duals carry over.
         self.entropy_baseline = math.inf
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    return value is None or type(value) in (bool, int, float, str, Tensor)

@@ -1,0 +1,566 @@
+"""Bad data and bad luck: what goes wrong in the middle, and what is left then."""
+
+import errno
+import math
+import re
+import warnings
+
+import pytest
+import torch
+from helpers import LinearGaussianFlow
+from sbi.neural_nets import posterior_nn
+from sbi.utils import BoxUniform
+from torch import nn
+from torch.distributions import MultivariateNormal
+
+from sbi_jeffreys import (
+    AdaptiveWeights,
+    JeffreysNPE,
+    JeffreysObjective,
+    NoTracker,
+    energy_nn,
+    persistence,
+)
+from sbi_jeffreys.energy import ConditionalEnergy, EnergyNet
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Maximum number of epochs",
+    "ignore:The passed prior has no support property",
+    "ignore:No prior was given",
+)
+
+PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
+GAUSSIAN = MultivariateNormal(torch.zeros(2), torch.eye(2))
+X_O = torch.tensor([[0.5, -0.3]])
+
+
+def simulate(num=120, seed=0, prior=PRIOR):
+    torch.manual_seed(seed)
+    theta = prior.sample((num,))
+    return theta, theta + 0.5 * torch.randn_like(theta)
+
+
+def make(prior=PRIOR, **kwargs):
+    return JeffreysNPE(
+        prior,
+        **{
+            "density_estimator": posterior_nn(
+                "maf", hidden_features=8, num_transforms=2
+            ),
+            "energy_estimator": energy_nn(8, 1),
+            "tracker": NoTracker(),
+            "show_progress_bars": False,
+            **kwargs,
+        },
+    )
+
+
+def train(inference, num_epochs=4, data=None, seed=1, **kwargs):
+    if data is not None:
+        inference.append_simulations(*data)
+    torch.manual_seed(seed)
+    kwargs = {"training_batch_size": 40, "learning_rate": 5e-3, **kwargs}
+    return inference.train(max_num_epochs=num_epochs - 1, **kwargs)
+
+
+def parameters(inference):
+    return nn.utils.parameters_to_vector(inference._neural_net.parameters()).detach()
+
+
+def assert_sound(inference, x_o=X_O):
+    """Networks and summary are finite, and both posteriors sample."""
+    assert parameters(inference).isfinite().all()
+    for name, values in inference.summary.items():
+        if name not in persistence.PER_TRAINING:
+            assert len(values) == len(inference.summary["trust"]), name
+        assert all(math.isfinite(value) for value in values), name
+    index = inference.val_indices
+    theta, x, _ = inference.get_simulations()
+    with torch.no_grad():
+        loss = inference._neural_net.loss(theta[index], x[index]).mean().item()
+    best = inference.summary["best_validation_loss"][-1]
+    assert loss == pytest.approx(best, abs=1e-3, rel=1e-4)
+    for sample_with in ("direct", "refined"):
+        posterior = inference.build_posterior(sample_with=sample_with)
+        samples = posterior.sample((20,), x=x_o, show_progress_bars=False)
+        assert samples.isfinite().all()
+        assert posterior.log_prob(samples, x=x_o).isfinite().all()
+
+
+# -------------------------------------------------------------------------------- data
+
+
+def test_duplicated_features():
+    theta, x = simulate()
+    inference = make()
+    train(inference, data=(theta, torch.cat((x, x, x), 1)))
+    assert_sound(inference, X_O.repeat(1, 3))
+
+
+@pytest.mark.parametrize("prior", [PRIOR, None])
+def test_duplicated_parameters_are_warned_of(prior):
+    theta, x = simulate()
+    inference = make(prior)
+    with pytest.warns(UserWarning, match=r"Columns \[\(0, 1\)\] of theta are the same"):
+        train(inference, data=(theta[:, :1].repeat(1, 2), x))
+    assert_sound(inference)
+
+
+@pytest.mark.parametrize(
+    ("flow", "size"), [("maf", 1e8), ("maf", 1e30), ("maf", 3e38), ("nsf", 1e8)]
+)
+def test_outliers_in_x(flow, size):
+    # The z-score of both networks suffers, as that of NPE's, and sbi says so.
+    theta, x = simulate()
+    x[3, 0], x[100, 1] = size, -size
+    inference = make(
+        density_estimator=posterior_nn(flow, hidden_features=8, num_transforms=2)
+    )
+    with pytest.warns(UserWarning, match="extreme outliers"):
+        train(inference, data=(theta, x))
+    assert_sound(inference)
+
+
+@pytest.mark.parametrize("prior", [GAUSSIAN, None])
+def test_outliers_in_theta(prior):
+    theta, x = simulate(prior=GAUSSIAN)
+    theta[3, 0] = 1e8
+    inference = make(prior)
+    if prior is None:
+        inference.append_simulations(theta, x)
+    else:
+        with pytest.warns(UserWarning, match="1 of 120 parameter sets are far in the"):
+            inference.append_simulations(theta, x)
+    train(inference)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the weights have collapsed
+        assert_sound(inference)
+
+
+@pytest.mark.parametrize("flow", ["maf", "nsf"])
+@pytest.mark.parametrize("with_prior", [True, False])
+def test_parameters_in_units_that_differ(flow, with_prior):
+    scale = torch.tensor([1e-6, 1e6])
+    theta, x = simulate()
+    prior = BoxUniform(-2 * scale, 2 * scale) if with_prior else None
+    builder = posterior_nn(flow, hidden_features=8, num_transforms=2)
+    losses = []
+    for factor in (torch.ones(2), scale):
+        inference = make(
+            BoxUniform(-2 * factor, 2 * factor) if with_prior else prior,
+            density_estimator=builder,
+        )
+        train(inference, 6, data=(theta * factor, x * factor))
+        assert_sound(inference, X_O * factor)
+        losses.append(inference.summary["validation_proxy_forward_kl"][-1])
+    # The product of the scales is one: no loss may differ.
+    assert losses[1] == pytest.approx(losses[0], abs=0.02)
+
+
+def test_parameters_with_an_offset_beyond_single_precision():
+    theta, x = simulate()
+    with pytest.raises(ValueError, match=r"Column\(s\) \[1\] of theta vary by.*offset"):
+        make(None).append_simulations(theta + torch.tensor([0.0, 1e7]), x)
+    make(None).append_simulations(theta + torch.tensor([0.0, 1e3]), x)
+
+
+def test_fewer_simulations_than_a_batch():
+    inference = make()
+    train(inference, data=simulate(25), training_batch_size=200)
+    assert_sound(inference)
+
+
+@pytest.mark.parametrize(
+    ("prior", "match"),
+    [
+        (
+            BoxUniform(10 * torch.ones(2), 11 * torch.ones(2)),
+            "120 of 120 parameter sets lie outside",
+        ),
+        (
+            MultivariateNormal(100 * torch.ones(2), torch.eye(2)),
+            "120 of 120 parameter sets are far in the tails",
+        ),
+    ],
+)
+def test_a_prior_that_contradicts_the_parameters(prior, match):
+    inference = make(prior)
+    with pytest.warns(UserWarning, match=match):
+        inference.append_simulations(*simulate())
+    train(inference)
+    assert parameters(inference).isfinite().all()
+    for values in inference.summary.values():
+        assert all(map(math.isfinite, values))
+    # With no sample of the flow inside, the refined posterior says so.
+    posterior = inference.build_posterior(sample_with="refined")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            assert posterior.sample((20,), x=X_O).isfinite().all()
+        except RuntimeError as err:
+            assert "outside the prior's support" in str(err)
+
+
+def test_parameters_of_the_prior_are_not_warned_of():
+    heavy = torch.distributions.StudentT(torch.tensor([2.0, 2.0]))
+    prior = torch.distributions.Independent(heavy, 1)
+    for each in (PRIOR, GAUSSIAN, prior):
+        torch.manual_seed(0)
+        theta = each.sample((20_000,))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "Data has extreme outliers")
+            make(each).append_simulations(theta, theta + torch.randn_like(theta))
+
+
+# ----------------------------------------------------------------- NaN in the middle
+
+
+def poisoned_flow(times, how="nan"):
+    """Return a builder of a flow that fails at calls of its loss in training."""
+
+    class Poisoned(LinearGaussianFlow):
+        calls = 0
+
+        def loss(self, input, condition, **kwargs):
+            loss = super().loss(input, condition)
+            if self.training:
+                type(self).calls += 1
+                if self.calls in times:
+                    if how == "nan":
+                        return loss * math.nan
+                    if how == "parameters":
+                        self.bias.data.fill_(math.nan)
+                    elif how == "assertion":  # as splines of nflows
+                        raise AssertionError("discriminant")
+                    elif how == "wordless":
+                        raise AssertionError
+                    elif how == "error":
+                        raise RuntimeError("CUDA out of memory")
+            return loss
+
+    def build(theta, x):
+        return Poisoned(torch.zeros(2, 2), torch.zeros(2), torch.eye(2))
+
+    return build
+
+
+# Two steps an epoch of these.
+@pytest.mark.parametrize("how", ["nan", "parameters", "assertion"])
+@pytest.mark.parametrize("call", [7, 8])
+def test_a_flow_that_turns_nan_recovers(how, call):
+    inference = make(density_estimator=poisoned_flow({call}, how))
+    with pytest.warns(UserWarning, match="After 3 complete epochs.*NaN or infinite"):
+        train(inference, 8, simulate())
+    assert len(inference.summary["trust"]) == 8
+    assert_sound(inference)
+    lr = inference.optimizer.param_groups[0]["lr"]
+    assert lr == pytest.approx(2.5e-3)
+
+
+def test_a_flow_that_stays_nan_ends_with_the_best_network():
+    inference = make(density_estimator=poisoned_flow(set(range(7, 1000))))
+    with pytest.warns(UserWarning, match="Training was stopped after 3 epochs") as w:
+        train(inference, 8, simulate())
+    (said,) = (str(each.message) for each in w if "stopped after" in str(each.message))
+    assert "NaN/Inf present in JeffreysNPE loss" in said
+    best = inference.summary["validation_loss"].index(
+        min(inference.summary["validation_loss"])
+    )
+    assert f"The best network so far, of epoch {best}, is kept" in said
+    assert inference.summary["epochs_trained"] == [3]
+    assert len(inference.summary["trust"]) == 3
+    assert_sound(inference)
+
+
+def test_a_flow_that_is_nan_from_the_start():
+    inference = make(density_estimator=poisoned_flow({1}))
+    with pytest.raises(ValueError, match="NaN/Inf present in JeffreysNPE loss"):
+        train(inference, 8, simulate())
+    # Nothing is left of it: the same object trains.
+    assert inference._neural_net is None
+    train(inference, 4)
+    assert inference.summary["epochs_trained"] == [4]
+    assert_sound(inference)
+
+
+def test_errors_without_words_are_given_some():
+    inference = make(density_estimator=poisoned_flow({1}, "wordless"))
+    with pytest.raises(ValueError, match=r"first epoch: AssertionError\(\).*lower"):
+        train(inference, 8, simulate())
+
+
+def test_values_too_large_for_a_flow_without_z_score():
+    theta, x = simulate()
+    inference = make(
+        density_estimator=posterior_nn("zuko_nsf", hidden_features=8, z_score_x="none")
+    )
+    with pytest.raises(ValueError, match="extreme values.*z-score both"):
+        train(inference, data=(theta, x * 1e30))
+
+
+def test_an_energy_that_is_nan_in_validation_is_told():
+    class Poisoned(EnergyNet):
+        def forward(self, theta, x):
+            f = super().forward(theta, x)
+            return f if self.training else f * math.nan
+
+    build = energy_nn(8, 1)
+
+    def build_poisoned(theta, x, prior):
+        proxy = build(theta, x, prior)
+        proxy.net.__class__ = Poisoned
+        return proxy
+
+    inference = make(energy_estimator=build_poisoned)
+    with pytest.warns(UserWarning, match="In 4 epochs validation_reverse_kl, valid"):
+        train(inference, 4, simulate())
+    assert inference._neural_net.exponent == 0  # the flow alone
+    assert inference.build_posterior().sample((5,), x=X_O).isfinite().all()
+
+
+def test_a_flow_that_cannot_be_inverted_in_the_end(monkeypatch):
+    def failing(*args, **kwargs):
+        raise AssertionError("discriminant")  # as splines of nflows
+
+    monkeypatch.setattr("sbi_jeffreys.trainer.choose_exponent", failing)
+    inference = make()
+    with pytest.warns(UserWarning, match="cannot be sampled.*left as the flow's"):
+        train(inference, 4, simulate())
+    assert_sound(inference)
+    assert inference._neural_net.exponent == 0
+
+
+def test_errors_that_are_none_of_numbers_are_passed_on():
+    inference = make(density_estimator=poisoned_flow({7}, "error"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(inference, 8, simulate())
+    # But the best network is kept, and training can go on.
+    assert parameters(inference).isfinite().all()
+    assert len(inference.summary["trust"]) == 3
+    assert inference.build_posterior().sample((5,), x=X_O).isfinite().all()
+    train(inference, 8, resume_training=True)
+    expected = make(density_estimator=poisoned_flow(()))
+    train(expected, 8, simulate())
+    assert torch.equal(parameters(inference), parameters(expected))
+
+
+class PoisonedEnergy(EnergyNet):
+    """An energy that turns NaN for a while, in training."""
+
+    calls = 0
+    times = ()
+
+    def forward(self, theta, x):
+        f = super().forward(theta, x)
+        if self.training:
+            type(self).calls += 1
+            if self.calls in self.times:
+                return f * math.nan
+        return f
+
+
+def poisoned_energy(times):
+    PoisonedEnergy.calls, PoisonedEnergy.times = 0, times
+    build = energy_nn(8, 1)
+
+    def build_poisoned(theta, x, prior):
+        proxy = build(theta, x, prior)
+        proxy.net.__class__ = PoisonedEnergy
+        assert isinstance(proxy, ConditionalEnergy)
+        return proxy
+
+    return build_poisoned
+
+
+def test_a_step_with_an_energy_that_is_nan_is_left_out():
+    inference = make(energy_estimator=poisoned_energy({7}), weights="fixed")
+    train(inference, 2, simulate())
+    with pytest.warns(UserWarning, match="1 training steps had gradients"):
+        train(inference, 8, resume_training=True)
+    assert parameters(inference).isfinite().all()
+    assert math.isfinite(inference.summary["best_validation_loss"][-1])
+
+
+def test_an_energy_that_stays_nan_is_gone_back_from():
+    inference = make(energy_estimator=poisoned_energy(range(20, 40)))
+    with pytest.warns(UserWarning, match="No training step had finite gradients"):
+        train(inference, 15, simulate())
+    assert len(inference.summary["trust"]) > 3
+    assert_sound(inference)
+
+
+def test_steps_that_blow_up_are_told():
+    inference = make()
+    with pytest.raises((ValueError, ArithmeticError), match="NaN|infinite"):
+        train(inference, 8, simulate(), learning_rate=1e20)
+    train(inference)  # at the rate of a sane user
+    assert_sound(inference)
+
+
+# ------------------------------------------------------------------------------ Ctrl-C
+
+
+class Interrupter:
+    """Raises `KeyboardInterrupt` at the n-th call of what it was hung into."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+        self.num_calls = 0
+        self.at = None
+
+    def hang_into(self, owner, name):
+        original = getattr(owner, name)
+
+        def interrupting(*args, **kwargs):
+            self.num_calls += 1
+            if self.num_calls == self.at:
+                raise KeyboardInterrupt
+            result = original(*args, **kwargs)
+            self.num_calls += 1
+            if self.num_calls == self.at:
+                raise KeyboardInterrupt
+            return result
+
+        self.monkeypatch.setattr(owner, name, interrupting)
+
+
+# Every stage of building, training, validating and ending.
+STAGES = [
+    (JeffreysNPE, "_build_estimator"),
+    (JeffreysNPE, "_train_epoch"),
+    (JeffreysNPE, "_step"),
+    (JeffreysNPE, "_proposals_at"),
+    (JeffreysNPE, "_validate_epoch"),
+    (JeffreysNPE, "_keep_best"),
+    (JeffreysNPE, "_summarize_epoch"),
+    (JeffreysNPE, "_check_epoch"),
+    (JeffreysNPE, "_maybe_show_progress"),
+    (JeffreysNPE, "_converged"),
+    (JeffreysNPE, "_restore_best"),
+    (JeffreysNPE, "_choose_exponent"),
+    (JeffreysObjective, "divergences"),
+    (JeffreysObjective, "reverse_kl_of_flow"),
+    (AdaptiveWeights, "update"),
+]
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_point(monkeypatch):
+    """Whatever is interrupted: resumed or begun anew, nothing is lost or broken."""
+    data = simulate(60)
+    options = {"training_batch_size": 20, "stop_after_epochs": 100}
+    expected = make()
+    train(expected, 4, data, **options)
+    interrupter = Interrupter(monkeypatch)
+    for stage in STAGES:
+        interrupter.hang_into(*stage)
+    train(make(), 4, data, **options)
+    num_points = interrupter.num_calls
+    assert num_points > 100
+    num_early = num_kept = num_passed_on = 0
+    for at in range(1, num_points + 1, 3):
+        inference = make()
+        interrupter.num_calls, interrupter.at = 0, at
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                train(inference, 4, data, **options)
+                num_kept += 1
+                assert_sound(inference)
+            except KeyboardInterrupt:
+                num_passed_on += 1
+        assert interrupter.num_calls >= at
+        interrupter.at = None
+        started = inference._last_epoch is not None
+        num_early += not started
+        if not started:
+            assert inference._neural_net is None
+        train(inference, 4, resume_training=started, **options)
+        assert torch.equal(parameters(inference), parameters(expected)), at
+        assert inference.summary["trust"] == expected.summary["trust"], at
+        assert inference._neural_net.exponent == expected._neural_net.exponent
+    assert min(num_early, num_kept, num_passed_on) > 5
+
+
+def test_ctrl_c_in_a_later_round_before_its_first_epoch(monkeypatch):
+    inference = make()
+    train(inference, 4, simulate())
+    before, weights = parameters(inference), inference.weights.state_dict()
+    proposal = inference.build_posterior().set_default_x(X_O)
+    inference.append_simulations(*simulate(60, seed=3), proposal=proposal)
+    interrupter = Interrupter(monkeypatch)
+    interrupter.hang_into(JeffreysNPE, "_step")
+    interrupter.at = 4
+    for options in ({}, {"retrain_from_scratch": True}):
+        interrupter.num_calls = 0
+        with pytest.raises(KeyboardInterrupt):
+            train(inference, 4, **options)
+        assert torch.equal(parameters(inference), before)
+        assert str(inference.weights.state_dict()) == str(weights)
+        assert inference.build_posterior().sample((5,), x=X_O).isfinite().all()
+        with pytest.raises(ValueError, match="no training to resume"):
+            train(inference, 4, resume_training=True)
+    interrupter.at = None
+    train(inference, 4)
+    assert inference.summary["epochs_trained"] == [4, 4]
+
+
+def test_simulations_are_appended_whole_or_not_at_all(monkeypatch):
+    inference = make()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    theta, x = simulate()
+    inference.append_simulations(theta, x)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "sbi.inference.trainers.npe.npe_base.mask_sims_from_prior", interrupted
+        )
+        with pytest.raises(KeyboardInterrupt):
+            inference.append_simulations(theta, x)
+    assert len(inference.get_simulations()[0]) == len(theta)
+    train(inference)
+    # sbi appends before it says that a proposal needs a prior.
+    proposal = inference.build_posterior().set_default_x(X_O)
+    bare = make(None)
+    with pytest.raises(ValueError, match="did not pass a prior"):
+        bare.append_simulations(theta, x, proposal=proposal)
+    assert not bare._theta_roundwise
+    bare.append_simulations(theta, x)
+    train(bare)
+
+
+# --------------------------------------------------------------------------- log, disk
+
+
+class FullDisk(NoTracker):
+    """The disk is full when training has ended."""
+
+    def log_metric(self, name, value, step=None):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_that_cannot_be_written_does_not_cost_the_network():
+    inference = make(tracker=FullDisk())
+    with pytest.warns(UserWarning, match="training log cannot be written.*No space"):
+        train(inference, 4, simulate())
+    assert_sound(inference)
+
+
+def test_a_build_that_fails_can_be_repeated():
+    failing = [True]
+    builder = posterior_nn("maf", hidden_features=8, num_transforms=2)
+
+    def build(theta, x):
+        if failing:
+            raise RuntimeError("no such file: weights.pt")
+        return builder(theta, x)
+
+    inference = make(density_estimator=build)
+    with pytest.raises(RuntimeError, match=re.escape("weights.pt")):
+        train(inference, 4, simulate())
+    failing.clear()
+    train(inference, 4)
+    assert_sound(inference)
