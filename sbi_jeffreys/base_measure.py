@@ -120,7 +120,7 @@ class BaseMeasure(ABC):
 
     def _clamp(self, theta: Tensor) -> Tensor:
         """Return the nearest points of a support that is a box, else `theta`."""
-        bounds = _box_bounds(self.reference, theta.shape[-1])
+        bounds = support_bounds(self.reference, theta.shape[-1])
         if bounds is None:
             return theta
         low, high = (bound.to(theta) for bound in bounds)
@@ -196,7 +196,7 @@ def make_base_measure(
     return measure(prior, theta)
 
 
-def _box_bounds(
+def support_bounds(
     distribution: Distribution, num_parameters: int
 ) -> Optional[Tuple[Tensor, Tensor]]:
     """Return lower and upper bounds of a support that is a box, else None."""
