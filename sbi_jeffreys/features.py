@@ -67,7 +67,7 @@ class Features(nn.Module):
         y0, y1 = scores.gather(1, left), scores.gather(1, right)
         # Neighbouring knots coincide at the ends only, where outputs are tied.
         width = (x1 - x0).clamp_min(torch.finfo(values.dtype).tiny)
-        normal = y0 + (values - x0) / width * (y1 - y0)
+        normal = y0 + (values - x0) * ((y1 - y0) / width)
         # Beyond the outermost knots a line goes on, but not for ever.
         normal = normal.clamp(-MAX_SCORE / 2, MAX_SCORE / 2)
         standard = standard.clamp(-MAX_SCORE, MAX_SCORE)
