@@ -234,7 +234,7 @@ def energy_nn(
     hidden_features: int = 64,
     num_blocks: int = 3,
     activation: Callable[[Tensor], Tensor] = F.silu,
-    dropout: float = 0.0,
+    dropout: float = 0.1,
     z_score_x: ZScore = "independent",
     embedding_net: nn.Module = nn.Identity(),
     base_measure: Literal["prior", "lebesgue"] = "prior",
