@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from sbi_jeffreys.base_measure import BaseMeasure, make_base_measure
 from sbi_jeffreys.coordinates import ResidualCoordinates
-from sbi_jeffreys.features import Features
+from sbi_jeffreys.features import MAX_SCORE, Features
 from sbi_jeffreys.flow import rsample_and_log_prob
 from sbi_jeffreys.partition import (
     LogPartition,
@@ -114,10 +114,20 @@ class EnergyNet(nn.Module):
         )
         z = self.coordinates.standardize(theta)
         u = self.coordinates.residual(z, features)
-        hidden = self.theta_layer(torch.cat((z, u), -1)) + self.x_layer(embedded)
+        inputs = _saturate(torch.cat((z, u), -1))
+        hidden = self.theta_layer(inputs) + self.x_layer(embedded)
         for block in self.blocks:
             hidden = block(hidden)
         return self.final_layer(self.activation(hidden)).squeeze(-1)
+
+
+def _saturate(scores: Tensor) -> Tensor:
+    """Return scores bounded at ten standard deviations.
+
+    Beyond the simulations a network goes on linearly. The energy must not outgrow the
+    tails of the base measure, or the proxy could not be normalised.
+    """
+    return MAX_SCORE * torch.tanh(scores / MAX_SCORE)
 
 
 class ConditionalEnergy(nn.Module):

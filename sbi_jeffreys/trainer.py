@@ -38,17 +38,19 @@ from sbi_jeffreys.weights import (
     Weights,
 )
 
-# Simulations on which the proxy is validated, and samples of each kind for each of
-# them: enough that the validation's error is the simulations', not the samples', and
-# less work than the epoch.
+# Simulations on which the proxy is validated, and how many times a step's samples each
+# of them has. The partition function of few samples has a long tail, and the best of
+# many epochs would be the luckiest; with samples that stay, epochs are compared on the
+# same noise.
 NUM_VALIDATION_SIMULATIONS = 500
-NUM_VALIDATION_SAMPLES = 16
-# Epochs that a set of proposal samples serves. They stay exact when the flow moves
-# on; three epochs cost no accuracy and save two thirds of the drawing.
-PROPOSAL_EPOCHS = 3
-# While the flow stands still one large set serves all epochs, from which every step
-# takes some.
+VALIDATION_MULTIPLE = 8
+# A set of proposal samples holds four times what a step takes, which draws from it at
+# random, as long as that does not fill the memory. It serves twenty epochs: the samples
+# stay exact when the flow moves on, for their weights hold the density that they were
+# drawn with. While the flow stands still, it serves all.
 POOL_MULTIPLE = 4
+MAX_POOL_SIZE = 4_000_000
+POOL_EPOCHS = 20
 # Density estimators of sbi's without differentiable samples, refused when built.
 MIXTURES = ("mdn", "made")
 # Conditions for which proposals are drawn at once, which bounds the memory.
@@ -172,7 +174,7 @@ class JeffreysNPE(NPE):
             )
         self._summary.update({name: [] for name in EPOCH_METRICS})
         self._weights = deepcopy(self._initial_weights)
-        self._proposals: Optional[Proposals] = None
+        self._proposals: Dict[str, Proposals] = {}
         self._epoch_metrics: Dict[str, float] = {}
         self._num_skipped_steps = 0
         self._is_new = True
@@ -254,9 +256,10 @@ class JeffreysNPE(NPE):
         # sbi's loaders leave out what does not fill a batch. Of the few simulations
         # for validation that is a waste; but later rounds' loss needs full batches.
         drop_last = (True, self._round > 0)
-        self._position_in_training = torch.zeros(len(dataset), dtype=torch.long)
-        num_train = len(self.train_indices)
-        self._position_in_training[self.train_indices] = torch.arange(num_train)
+        # Where among those for training, or for validation, a simulation is.
+        self._position = torch.zeros(len(dataset), dtype=torch.long)
+        for indices in (self.train_indices, self.val_indices):
+            self._position[indices] = torch.arange(len(indices))
         train, val = (
             DataLoader(
                 dataset,
@@ -345,9 +348,9 @@ class JeffreysNPE(NPE):
     ) -> ConditionalDensityEstimator:
         if not train_config.resume_training:
             self._best = {}
+            self._proposals = {}
             self._stage, self._stage_start = self._first_stage(), 0
             self._max_num_epochs = train_config.max_num_epochs
-            self._proposals = None
             self._num_skipped_steps = 0
             self._weights.start_round()
         num_epochs = len(self._summary["validation_loss"])
@@ -384,8 +387,11 @@ class JeffreysNPE(NPE):
         clip_max_norm: Optional[float],
         loss_args: Optional[LossArgs],
     ) -> float:
-        if self._stage is Stage.JOINT and self.epoch % PROPOSAL_EPOCHS == 0:
-            self._proposals = None
+        if (
+            self._stage is Stage.JOINT
+            and (self.epoch - self._stage_start) % POOL_EPOCHS == 0
+        ):
+            self._proposals = {}
         means = []
         for batch in train_loader:
             divergences = self._divergences(batch, train_loader, loss_args)
@@ -475,30 +481,46 @@ class JeffreysNPE(NPE):
                 return
         self.optimizer.step()
 
-    def _proposals_at(self, batch: Sequence[Tensor], loader: DataLoader) -> Proposals:
+    def _proposals_at(
+        self, batch: Sequence[Tensor], loader: DataLoader, validate: bool = False
+    ) -> Proposals:
         """Return the proposal samples at the conditions of a batch.
 
         They are drawn for all simulations at once and kept. Batches of a loader with
         keywords of the user's do not say which simulations they hold; theirs are
         drawn anew.
         """
-        estimator = self._estimator
-        draw = self.objective.propose
+        objective = self.objective
         if len(batch) < 4:
-            return draw(estimator.flow, estimator.proxy, batch[1].to(self._device))
-        multiple = POOL_MULTIPLE if self._stage is Stage.PROXY else 1
-        if self._proposals is None:
-            x = loader.dataset.tensors[1][self.train_indices]  # type: ignore[attr-defined]
-            self._proposals = Proposals.concatenate([
-                draw(estimator.flow, estimator.proxy, chunk.to(self._device), multiple)
-                for chunk in x.split(PROPOSAL_BATCH_SIZE)
-            ])
-        proposals = self._proposals.at(self._position_in_training[batch[3]])
-        if multiple == 1:
+            estimator = self._estimator
+            return objective.propose(
+                estimator.flow, estimator.proxy, batch[1].to(self._device)
+            )
+        name = "validation" if validate else "training"
+        if name not in self._proposals:
+            # Not more validation simulations than the divergences are taken of.
+            end = NUM_VALIDATION_SIMULATIONS if self._round == 0 else None
+            indices = self.val_indices[:end] if validate else self.train_indices
+            x = loader.dataset.tensors[1][indices]  # type: ignore[attr-defined]
+            multiple = VALIDATION_MULTIPLE if validate else POOL_MULTIPLE
+            self._proposals[name] = self._draw_proposals(x, multiple)
+        proposals = self._proposals[name].at(self._position[batch[3]])
+        if validate:
             return proposals
         return proposals.subset(
-            self.objective.num_flow_samples, self.objective.num_reference_samples
+            objective.num_flow_samples, objective.num_reference_samples
         )
+
+    def _draw_proposals(self, x: Tensor, multiple: int) -> Proposals:
+        estimator, objective = self._estimator, self.objective
+        num_samples = objective.num_flow_samples + objective.num_reference_samples
+        multiple = min(multiple, max(1, MAX_POOL_SIZE // (num_samples * len(x))))
+        return Proposals.concatenate([
+            objective.propose(
+                estimator.flow, estimator.proxy, chunk.to(self._device), multiple
+            )
+            for chunk in x.split(PROPOSAL_BATCH_SIZE)
+        ])
 
     def _calibration(self, x: Tensor, loss_args: Optional[LossArgs]) -> Tensor:
         """Return the calibration kernel's weights; sbi sets a kernel of ones."""
@@ -512,21 +534,21 @@ class JeffreysNPE(NPE):
         losses: List[Tensor] = []
         parts: List[Divergences] = []
         kernels: List[Tensor] = []
-        num_done = 0
         with torch.no_grad():
             for batch in val_loader:
                 kernel = self._calibration(batch[1].to(self._device), loss_args)
                 forward_kl = self._forward_kl(batch, loss_args)
                 losses.append(kernel * forward_kl)
-                if self._stage is Stage.FLOW or (
-                    num_done >= NUM_VALIDATION_SIMULATIONS and self._round == 0
-                ):
+                if self._stage is Stage.FLOW:
                     continue
-                divergences = self._proxy_validation(batch, num_done, loss_args)
-                divergences.forward_kl = forward_kl
+                judged = self._judged(batch)
+                if not judged.any():
+                    continue
+                batch = [part[judged] for part in batch]
+                divergences = self._proxy_validation(batch, val_loader, loss_args)
+                divergences.forward_kl = forward_kl[judged]
                 parts.append(divergences)
-                kernels.append(kernel)
-                num_done += len(kernel)
+                kernels.append(kernel[judged])
         val_loss = torch.cat(losses).mean().item()
         if parts:
             self._record_validation(parts, kernels)
@@ -541,18 +563,20 @@ class JeffreysNPE(NPE):
         self._epoch_metrics["trust"] = self._weights.trust
         return val_loss
 
+    def _judged(self, batch: Sequence[Tensor]) -> Tensor:
+        """Return which simulations of a batch the proxy is validated on."""
+        if len(batch) < 4 or self._round > 0:  # atoms are told apart in whole batches
+            return torch.ones(len(batch[0]), dtype=torch.bool)
+        return self._position[batch[3]] < NUM_VALIDATION_SIMULATIONS
+
     def _proxy_validation(
-        self, batch: Sequence[Tensor], offset: int, loss_args: Optional[LossArgs]
+        self, batch: Sequence[Tensor], loader: DataLoader, loss_args: Optional[LossArgs]
     ) -> Divergences:
         """Return the divergences of the proxy on a batch of validation simulations."""
         estimator = self._estimator
         theta, x = batch[0].to(self._device), batch[1].to(self._device)
-        objective = JeffreysObjective(NUM_VALIDATION_SAMPLES, NUM_VALIDATION_SAMPLES)
-        # While the flow stands still its samples may stay: epochs are then compared
-        # on the same noise. The loader's order is another in every epoch.
-        proposals = objective.propose(estimator.flow, estimator.proxy, x)
-        reverse_kl, proxy_forward_kl, log_partition = objective.proxy_divergences(
-            estimator.proxy, theta, x, proposals
+        reverse_kl, proxy_forward_kl, log_partition = self.objective.proxy_divergences(
+            estimator.proxy, theta, x, self._proposals_at(batch, loader, validate=True)
         )
         proxy_forward_kl = (
             proxy_forward_kl + log_partition.debiased - log_partition.value
@@ -602,7 +626,7 @@ class JeffreysNPE(NPE):
             if name in self._best:
                 getattr(self._estimator, name).load_state_dict(self._best[name][2])
         self._stage, self._stage_start = self._stage.next, self.epoch
-        self._proposals = None
+        self._proposals = {}
         self.optimizer.state.clear()
 
     def _keep_best(self, name: str, loss: float) -> None:
@@ -635,7 +659,11 @@ class JeffreysNPE(NPE):
             self._stage_start - 1, *(best[1] for best in self._best.values())
         )
         self._epochs_since_last_improvement = epoch - 1 - last_improvement
-        if self._stage is Stage.JOINT:
+        # Without a weight on the proxy there is nothing to learn after the flow.
+        is_last = (
+            self._stage is Stage.JOINT or not self._weights.dual_variables[1:].any()
+        )
+        if is_last:
             return self._epochs_since_last_improvement >= stop_after_epochs
         share = self._max_num_epochs / 3
         if (
@@ -724,7 +752,7 @@ class JeffreysNPE(NPE):
     def __getstate__(self) -> Dict:
         state = super().__getstate__()
         # Builders are closures, which pickle refuses, as for sbi's own.
-        state.update(_build_flow=None, _build_proxy=None, _proposals=None)
+        state.update(_build_flow=None, _build_proxy=None, _proposals={})
         return state
 
 
