@@ -141,7 +141,7 @@ class BaseMeasure(ABC):
 
     def _clamp(self, theta: Tensor) -> Tensor:
         """Return the nearest points of a support that is a box, else `theta`."""
-        bounds = _box_bounds(self.reference, theta.shape[-1])
+        bounds = support_bounds(self.reference, theta.shape[-1])
         if bounds is None:
             return theta
         low, high = (bound.to(theta) for bound in bounds)
@@ -281,7 +281,7 @@ class _RestrictedReference(Distribution):
         self.prior._device = str(device)
 
 
-def _box_bounds(
+def support_bounds(
     distribution: Distribution, num_parameters: int
 ) -> Optional[Tuple[Tensor, Tensor]]:
     """Return lower and upper bounds of a support that is a box, else None."""

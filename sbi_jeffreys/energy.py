@@ -18,6 +18,8 @@ from torch.distributions import Distribution
 from torch.nn import functional as F
 
 from sbi_jeffreys.base_measure import BaseMeasure, make_base_measure
+from sbi_jeffreys.coordinates import ResidualCoordinates
+from sbi_jeffreys.features import MAX_SCORE, Features
 from sbi_jeffreys.flow import rsample_and_log_prob
 from sbi_jeffreys.partition import (
     LogPartition,
@@ -50,36 +52,40 @@ class EnergyBuilder(Protocol):
 class EnergyNet(nn.Module):
     r"""Residual network for $f_\psi(\theta, x)$.
 
+    Its inputs are the standardised parameters $z$, their residual coordinates
+    $u(\theta, x)$ and the condition. With $u$ a network of $x$ and $\theta$ need not
+    find from few simulations where the posterior is, only what its shape is.
     The condition enters the first layer and is embedded once for all parameters that
     it is paired with. The last layer starts at zero, so that the proxy starts as its
-    base measure.
+    base measure, and has no bias, which $Z$ would cancel.
 
     Args:
-        theta_numel: Number of parameters.
+        coordinates: Residual coordinates of the parameters.
+        features: Features of the condition.
+        embedding_net: Embedding network of the condition, `None` for its features.
         x_numel: Number of features of the embedded condition.
         hidden_features: Width.
         num_blocks: Number of residual blocks of two layers each.
         activation: Activation function; smooth, since the flow learns from its slope.
         dropout: Dropout probability within the blocks.
-        embedding_theta: Standardises the parameters.
-        embedding_x: Standardises and embeds the condition.
     """
 
     def __init__(
         self,
-        theta_numel: int,
+        coordinates: ResidualCoordinates,
+        features: Features,
+        embedding_net: Optional[nn.Module],
         x_numel: int,
         hidden_features: int,
         num_blocks: int,
         activation: Callable[[Tensor], Tensor],
         dropout: float,
-        embedding_theta: nn.Module,
-        embedding_x: nn.Module,
     ) -> None:
         super().__init__()
-        self.embedding_theta = embedding_theta
-        self.embedding_x = embedding_x
-        self.theta_layer = nn.Linear(theta_numel, hidden_features)
+        self.coordinates = coordinates
+        self.features = features
+        self.embedding_net = embedding_net
+        self.theta_layer = nn.Linear(2 * coordinates.numel, hidden_features)
         self.x_layer = nn.Linear(x_numel, hidden_features, bias=False)
         self.blocks = nn.ModuleList([
             ResidualBlock(
@@ -92,9 +98,8 @@ class EnergyNet(nn.Module):
             for _ in range(num_blocks)
         ])
         self.activation = activation
-        self.final_layer = nn.Linear(hidden_features, 1)
+        self.final_layer = nn.Linear(hidden_features, 1, bias=False)
         nn.init.zeros_(self.final_layer.weight)
-        nn.init.zeros_(self.final_layer.bias)
 
     def forward(self, theta: Tensor, x: Tensor) -> Tensor:
         r"""Return $f_\psi(\theta, x)$ of shape `(sample_dim, batch_dim)`.
@@ -103,11 +108,26 @@ class EnergyNet(nn.Module):
             theta: Parameters of shape `(sample_dim, batch_dim, theta_numel)`.
             x: Conditions of shape `(batch_dim, *condition_shape)`.
         """
-        features_x = self.x_layer(self.embedding_x(x).flatten(1))
-        features = self.theta_layer(self.embedding_theta(theta)) + features_x
+        features = self.features(x)
+        embedded = (
+            features if self.embedding_net is None else self.embedding_net(x).flatten(1)
+        )
+        z = self.coordinates.standardize(theta)
+        u = self.coordinates.residual(z, features)
+        inputs = _saturate(torch.cat((z, u), -1))
+        hidden = self.theta_layer(inputs) + self.x_layer(embedded)
         for block in self.blocks:
-            features = block(features)
-        return self.final_layer(self.activation(features)).squeeze(-1)
+            hidden = block(hidden)
+        return self.final_layer(self.activation(hidden)).squeeze(-1)
+
+
+def _saturate(scores: Tensor) -> Tensor:
+    """Return scores bounded at ten standard deviations.
+
+    Beyond the simulations a network goes on linearly. The energy must not outgrow the
+    tails of the base measure, or the proxy could not be normalised.
+    """
+    return MAX_SCORE * torch.tanh(scores / MAX_SCORE)
 
 
 class ConditionalEnergy(nn.Module):
@@ -224,8 +244,7 @@ def energy_nn(
     hidden_features: int = 64,
     num_blocks: int = 3,
     activation: Callable[[Tensor], Tensor] = F.silu,
-    dropout: float = 0.0,
-    z_score_theta: ZScore = "independent",
+    dropout: float = 0.1,
     z_score_x: ZScore = "independent",
     embedding_net: nn.Module = nn.Identity(),
     base_measure: Literal["prior", "lebesgue"] = "prior",
@@ -241,10 +260,10 @@ def energy_nn(
         activation: Activation function. The flow learns from the slope of the energy:
             take a smooth one.
         dropout: Dropout probability in the residual blocks.
-        z_score_theta: Whether to z-score parameters, as in `posterior_nn`:
-            `"independent"` for every dimension alone, `"structured"` for all
-            together, `"none"`.
-        z_score_x: Whether to z-score simulation outputs, likewise.
+        z_score_x: Whether to z-score simulation outputs for the embedding network, as
+            in `posterior_nn`: `"independent"` for every dimension alone,
+            `"structured"` for all together, `"none"`. Without an embedding network
+            the condition enters by its `Features`.
         embedding_net: Embedding network for simulation outputs. Give the object that
             `posterior_nn` was given to share it with the flow, or one of its own.
         base_measure: Base measure $b(\theta)$. With `"prior"` the proxy has the
@@ -259,12 +278,11 @@ def energy_nn(
     embedding_net = check_net_device(
         embedding_net, "cpu", "The embedding net is moved to the CPU for building."
     )
-    for name, z_score in (("z_score_theta", z_score_theta), ("z_score_x", z_score_x)):
-        if z_score not in ("independent", "structured", "none", None):
-            raise ValueError(
-                f"{name} must be 'independent', 'structured', 'none' or None, got "
-                f"{z_score!r}."
-            )
+    if z_score_x not in ("independent", "structured", "none", None):
+        raise ValueError(
+            "z_score_x must be 'independent', 'structured', 'none' or None, got "
+            f"{z_score_x!r}."
+        )
     if base_measure not in ("prior", "lebesgue"):
         raise ValueError(
             f"base_measure must be 'prior' or 'lebesgue', got {base_measure!r}."
@@ -274,16 +292,22 @@ def energy_nn(
         theta: Tensor, x: Tensor, prior: Optional[Distribution]
     ) -> ConditionalEnergy:
         check_data_device(theta, x)
-        x_numel = get_numel(x, embedding_net=embedding_net)
+        features = Features(x)
+        coordinates = ResidualCoordinates(theta, x, features, prior)
+        if isinstance(embedding_net, nn.Identity):
+            embedding, x_numel = None, features.numel
+        else:
+            embedding = build_z_scored_embedding_net(x, z_score_x, embedding_net)
+            x_numel = get_numel(x, embedding_net=embedding_net)
         net = EnergyNet(
-            theta_numel=theta[0].numel(),
+            coordinates,
+            features,
+            embedding,
             x_numel=x_numel,
             hidden_features=hidden_features,
             num_blocks=num_blocks,
             activation=activation,
             dropout=dropout,
-            embedding_theta=build_z_scored_embedding_net(theta, z_score_theta),
-            embedding_x=build_z_scored_embedding_net(x, z_score_x, embedding_net),
         )
         base = make_base_measure(base_measure, prior, theta)
         return ConditionalEnergy(net, base, theta[0].shape, x[0].shape)

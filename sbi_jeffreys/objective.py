@@ -20,7 +20,7 @@ over both models, with the weights of `sbi_jeffreys.weights`.
 """
 
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Optional, Sequence, Tuple
 
 import torch
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
@@ -58,6 +58,25 @@ class Proposals:
             self.theta[:, index], self.log_weights[:, index], self.log_ratio[:, index]
         )
 
+    def subset(self, num_flow_samples: int, num_reference_samples: int) -> "Proposals":
+        """Return a random subset, whose mixture must be that of the whole.
+
+        Args:
+            num_flow_samples: Number of the flow's samples.
+            num_reference_samples: Number of the reference's samples. Their ratio is
+                that of all samples, or the weights would be those of another mixture.
+        """
+        num_flow = len(self.log_ratio)
+        of_flow = torch.randperm(num_flow)[:num_flow_samples]
+        num_reference = len(self.theta) - num_flow
+        of_reference = torch.randperm(num_reference)[:num_reference_samples]
+        index = torch.cat((of_flow, num_flow + of_reference)).to(self.theta.device)
+        return Proposals(
+            self.theta[index],
+            self.log_weights[index],
+            self.log_ratio[index[:num_flow_samples]],
+        )
+
     @staticmethod
     def concatenate(parts: Sequence["Proposals"]) -> "Proposals":
         """Return the proposals of several batches of conditions as one."""
@@ -70,7 +89,7 @@ class Proposals:
 
 @dataclass
 class Divergences:
-    r"""The three divergences at every simulation of a batch.
+    r"""The three divergences at every simulation of a batch, `None` where unused.
 
     Attributes:
         forward_kl: $-\log p(\theta \mid x)$, of shape `(batch_dim,)`, with gradients
@@ -81,10 +100,15 @@ class Divergences:
         log_partition: $\log Z(x)$ with its effective sample size.
     """
 
-    forward_kl: Tensor
-    reverse_kl: Tensor
-    proxy_forward_kl: Tensor
-    log_partition: LogPartition
+    forward_kl: Optional[Tensor] = None
+    reverse_kl: Optional[Tensor] = None
+    proxy_forward_kl: Optional[Tensor] = None
+    log_partition: Optional[LogPartition] = None
+
+    @property
+    def losses(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:
+        """The three divergences in the order of their weights."""
+        return self.forward_kl, self.reverse_kl, self.proxy_forward_kl
 
 
 class JeffreysObjective:
@@ -106,8 +130,8 @@ class JeffreysObjective:
 
     def __init__(
         self,
-        num_flow_samples: int = 8,
-        num_reference_samples: int = 8,
+        num_flow_samples: int = 16,
+        num_reference_samples: int = 16,
         num_reverse_samples: int = 1,
     ) -> None:
         for name, value in (
@@ -123,7 +147,11 @@ class JeffreysObjective:
 
     @torch.no_grad()
     def propose(
-        self, flow: ConditionalDensityEstimator, proxy: ConditionalEnergy, x: Tensor
+        self,
+        flow: ConditionalDensityEstimator,
+        proxy: ConditionalEnergy,
+        x: Tensor,
+        multiple: int = 1,
     ) -> Proposals:
         """Draw samples of the flow and of the reference at every condition.
 
@@ -131,11 +159,13 @@ class JeffreysObjective:
             flow: The flow $p$.
             proxy: The proxy $q$, whose base measure has the reference.
             x: Conditions of shape `(batch_dim, *condition_shape)`.
+            multiple: How many times as many samples to draw as a step takes.
 
         Returns:
             The samples with their densities.
         """
-        K, M = self.num_flow_samples, self.num_reference_samples
+        K = multiple * self.num_flow_samples
+        M = multiple * self.num_reference_samples
         theta_flow, log_flow = rsample_and_log_prob(flow, K, x)
         theta_reference = proxy.base.sample(M, len(x))
         theta = torch.cat((theta_flow, theta_reference))
@@ -147,42 +177,34 @@ class JeffreysObjective:
             log_flow[:K] - proxy.base.extended_log_prob(theta_flow),
         )
 
-    def divergences(
-        self,
-        flow: ConditionalDensityEstimator,
-        proxy: ConditionalEnergy,
-        theta: Tensor,
-        x: Tensor,
-        proposals: Proposals,
-    ) -> Divergences:
-        r"""Estimate the three divergences on a batch of simulations.
+    def proxy_divergences(
+        self, proxy: ConditionalEnergy, theta: Tensor, x: Tensor, proposals: Proposals
+    ) -> Tuple[Tensor, Tensor, LogPartition]:
+        r"""Estimate the two divergences that the proxy lowers, and $\log Z(x)$.
 
         .. math::
-            D_1 &= -\log p(\theta \mid x) \\
             D_2 &= \tfrac1K \textstyle\sum_k [\log p(\theta_k \mid x) -
                 \log b(\theta_k) - f(\theta_k, x)] + \log \hat Z(x) \\
             D_3 &= -\log b(\theta) - f(\theta, x) + \log \hat Z(x)
 
         Args:
-            flow: The flow $p$.
             proxy: The proxy $q$.
             theta: Parameters of shape `(batch_dim, *input_shape)`.
             x: Simulation outputs of shape `(batch_dim, *condition_shape)`.
             proposals: What `propose` drew at these conditions.
 
         Returns:
-            The divergences, each of shape `(batch_dim,)`.
+            $D_2$ and $D_3$ of shape `(batch_dim,)`, and the partition function.
         """
         # One pass of the proxy over the simulations and all samples.
         f = proxy(torch.cat((theta.unsqueeze(0), proposals.theta)), x)
         log_partition = from_log_weights(f[1:] + proposals.log_weights)
         log_z = log_partition.value
         f_flow = f[1 : 1 + len(proposals.log_ratio)]
-        return Divergences(
-            forward_kl=flow.loss(theta, x),
-            reverse_kl=(proposals.log_ratio - f_flow).mean(0) + log_z,
-            proxy_forward_kl=log_z - proxy.base.extended_log_prob(theta) - f[0],
-            log_partition=log_partition,
+        return (
+            (proposals.log_ratio - f_flow).mean(0) + log_z,
+            log_z - proxy.base.extended_log_prob(theta) - f[0],
+            log_partition,
         )
 
     def reverse_kl_of_flow(

@@ -31,7 +31,9 @@ from torch.optim.adam import Adam
 
 from sbi_jeffreys.base_measure import event_shape, is_inside
 from sbi_jeffreys.estimator import JeffreysEstimator
+from sbi_jeffreys.features import is_continuous
 from sbi_jeffreys.objective import Proposals
+from sbi_jeffreys.stages import Stage
 from sbi_jeffreys.version import __version__
 
 if TYPE_CHECKING:
@@ -65,9 +67,11 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
         epoch: Number of complete epochs.
     """
     optimizer = getattr(inference, "optimizer", None)
-    proposals = inference._proposals
     return {
         "epoch": epoch,
+        "stage": inference._stage.value,
+        "stage_start": inference._stage_start,
+        "max_num_epochs": inference._max_num_epochs,
         "networks": copy_of_networks(inference._estimator),
         "base": _state_of_base(inference),
         "best": dict(inference._best),
@@ -81,7 +85,10 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
         "num_skipped_steps": inference._num_skipped_steps,
         "validation_loss": inference._val_loss,
         # They are drawn anew and never changed: no copy is needed.
-        "proposals": None if proposals is None else dict(vars(proposals)),
+        "proposals": {
+            name: dict(vars(proposals))
+            for name, proposals in inference._proposals.items()
+        },
         "random_state": random_state(inference._device),
     }
 
@@ -89,6 +96,10 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
 def restore(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
     """Put the training back to where `capture` took it, but for the random state."""
     inference.epoch = state["epoch"]
+    inference._stage = Stage(state["stage"])
+    inference._stage_start = state["stage_start"]
+    inference._max_num_epochs = state["max_num_epochs"]
+    inference._is_new = False
     load_networks(inference._estimator, state["networks"])
     _restore_base(inference, state["base"])
     inference._best = dict(state["best"])
@@ -100,10 +111,10 @@ def restore(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
         inference._summary[name][:] = values
     inference._num_skipped_steps = state["num_skipped_steps"]
     inference._val_loss = state["validation_loss"]
-    proposals = state["proposals"]
-    inference._proposals = None
-    if proposals is not None:
-        inference._proposals = Proposals(**_to(inference._device, proposals))
+    inference._proposals = {
+        name: Proposals(**_to(inference._device, proposals))
+        for name, proposals in state["proposals"].items()
+    }
 
 
 def _state_of_base(inference: "JeffreysNPE") -> Dict[str, Any]:
@@ -351,6 +362,7 @@ def record_built_with(
     return {
         "theta": theta,
         "x_shape": list(x.shape[1:]),
+        "x_is_continuous": is_continuous(x[indices]).cpu(),
         "starting_round": starting_round,
         "num_parts": len(inference._theta_roundwise),
         "indices": indices,
@@ -414,8 +426,11 @@ def _fill(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
     built_with = content["built_with"]
     theta = built_with["theta"]
     if stored is None:
-        # Of x the builders need the shape; all else is in the state of the networks.
-        x = torch.randn(len(theta), *built_with["x_shape"])
+        # Of x the builders need the shape, and which outputs are continuous; all else
+        # is in the state of the networks.
+        x = torch.randn(len(theta), len(built_with["x_is_continuous"]))
+        x = torch.where(built_with["x_is_continuous"], x, x.sign())
+        x = x.reshape(-1, *built_with["x_shape"])
         all_theta = theta
     else:
         _take_simulations(inference, stored)

@@ -4,6 +4,7 @@ import math
 import warnings
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, Union
 
 import torch
@@ -49,6 +50,8 @@ from sbi_jeffreys.persistence import (
 )
 from sbi_jeffreys.posterior import RefinedPosterior
 from sbi_jeffreys.refinement import choose_exponent
+from sbi_jeffreys.residual_flow import ResidualFlow, build_residual_flow
+from sbi_jeffreys.stages import Stage
 from sbi_jeffreys.tracking import NoTracker
 from sbi_jeffreys.weights import (
     AdaptiveWeights,
@@ -57,14 +60,21 @@ from sbi_jeffreys.weights import (
     Weights,
 )
 
-# Simulations on which the proxy is validated, and samples of each kind for each of
-# them: enough that the validation's error is the simulations', not the samples', and
-# less work than the epoch.
+# Simulations on which the proxy is validated, and how many times a step's samples each
+# of them has. The partition function of few samples has a long tail, and the best of
+# many epochs would be the luckiest; with samples that stay, epochs are compared on the
+# same noise.
 NUM_VALIDATION_SIMULATIONS = 500
-NUM_VALIDATION_SAMPLES = 16
-# Epochs that a set of proposal samples serves. They stay exact when the flow moves
-# on; three epochs cost no accuracy and save two thirds of the drawing.
-PROPOSAL_EPOCHS = 3
+VALIDATION_MULTIPLE = 8
+# A set of proposal samples holds four times what a step takes, which draws from it at
+# random, as long as that does not fill the memory. It serves twenty epochs: the samples
+# stay exact when the flow moves on, for their weights hold the density that they were
+# drawn with. While the flow stands still, it serves all.
+POOL_MULTIPLE = 4
+MAX_POOL_SIZE = 4_000_000
+POOL_EPOCHS = 20
+# Density estimators of sbi's without differentiable samples, refused when built.
+MIXTURES = ("mdn", "made")
 # Conditions for which proposals are drawn at once, which bounds the memory.
 PROPOSAL_BATCH_SIZE = 2_000
 # Times in a row that an epoch is tried again after it turned NaN or infinite.
@@ -87,19 +97,21 @@ NUMERICAL_ERRORS = (
 )
 
 #: What `JeffreysNPE.summary` and the tracker hold for every epoch beside sbi's own.
+VALIDATION_METRICS = (
+    "validation_forward_kl",
+    "validation_reverse_kl",
+    "validation_proxy_forward_kl",
+    "log_partition",
+    "effective_sample_size",
+)
+DUAL_METRICS = ("dual_forward_kl", "dual_reverse_kl", "dual_proxy_forward_kl")
 EPOCH_METRICS = (
     "training_forward_kl",
     "training_reverse_kl",
     "training_proxy_forward_kl",
-    "validation_forward_kl",
-    "validation_reverse_kl",
-    "validation_proxy_forward_kl",
-    "dual_forward_kl",
-    "dual_reverse_kl",
-    "dual_proxy_forward_kl",
+    *VALIDATION_METRICS,
+    *DUAL_METRICS,
     "trust",
-    "log_partition",
-    "effective_sample_size",
 )
 
 
@@ -182,6 +194,8 @@ class JeffreysNPE(NPE):
             show_progress_bars=show_progress_bars,
         )
         self._build_flow = self._build_neural_net
+        if isinstance(density_estimator, str) and density_estimator not in MIXTURES:
+            self._build_flow = partial(self._build_named_flow, density_estimator)
         self._build_proxy = (
             energy_nn() if energy_estimator is None else energy_estimator
         )
@@ -200,9 +214,12 @@ class JeffreysNPE(NPE):
             )
         self._summary.update({name: [] for name in EPOCH_METRICS})
         self._weights = deepcopy(self._initial_weights)
-        self._proposals: Optional[Proposals] = None
+        self._proposals: Dict[str, Proposals] = {}
         self._epoch_metrics: Dict[str, float] = {}
         self._num_skipped_steps = 0
+        self._is_new = True
+        self._stage = Stage.JOINT
+        self._stage_start = 0
         # Validation loss, epoch and state of either model at its best: the flow and
         # the proxy need not be at their best in the same epoch.
         self._best: Dict[str, Tuple[float, int, Dict[str, Tensor]]] = {}
@@ -406,6 +423,10 @@ class JeffreysNPE(NPE):
         # sbi's loaders leave out what does not fill a batch. Of the few simulations
         # for validation that is a waste; but later rounds' loss needs full batches.
         drop_last = (True, self._round > 0)
+        # Where among those for training, or for validation, a simulation is.
+        self._position = torch.zeros(len(dataset), dtype=torch.long)
+        for indices in (self.train_indices, self.val_indices):
+            self._position[indices] = torch.arange(len(indices))
         train, val = (
             DataLoader(
                 dataset,
@@ -464,6 +485,9 @@ class JeffreysNPE(NPE):
         )
         return self._posterior
 
+    def _build_named_flow(self, model: str, theta: Tensor, x: Tensor) -> ResidualFlow:
+        return build_residual_flow(model, theta, x, self._prior)
+
     def _build_estimator(self, theta: Tensor, x: Tensor) -> JeffreysEstimator:
         flow = self._build_flow(theta, x)
         finite = x.flatten(1).isfinite().all(1)
@@ -478,6 +502,7 @@ class JeffreysNPE(NPE):
             )
         # New networks owe nothing to the weights of those before.
         self._weights = deepcopy(self._initial_weights)
+        self._is_new = True
         return JeffreysEstimator(flow, proxy)
 
     def _initialize_neural_network(
@@ -517,7 +542,9 @@ class JeffreysNPE(NPE):
             set_random_state(self._last_epoch["random_state"], self._device)
         else:
             self._best = {}
-            self._proposals = None
+            self._proposals = {}
+            self._stage, self._stage_start = self._first_stage(), 0
+            self._max_num_epochs = train_config.max_num_epochs
             self._num_skipped_steps = 0
             self._last_epoch = None
             self._weights.start_round()
@@ -657,34 +684,18 @@ class JeffreysNPE(NPE):
         clip_max_norm: Optional[float],
         loss_args: Optional[LossArgs],
     ) -> float:
-        estimator, objective, weights = self._estimator, self.objective, self._weights
-        flow, proxy = estimator.flow, estimator.proxy
-        if self.epoch % PROPOSAL_EPOCHS == 0:
-            self._proposals = None
+        if (
+            self._stage is Stage.JOINT
+            and (self.epoch - self._stage_start) % POOL_EPOCHS == 0
+        ):
+            self._proposals = {}
         means = []
         for batch in train_loader:
-            theta, x = batch[0].to(self._device), batch[1].to(self._device)
-            kernel = self._calibration(x, loss_args)
-            divergences = objective.divergences(
-                flow, proxy, theta, x, self._proposals_at(batch, train_loader)
-            )
-            self._apply_round_losses(divergences, batch, loss_args)
-            assert_all_finite(divergences.forward_kl, "JeffreysNPE loss")
-
+            divergences = self._divergences(batch, train_loader, loss_args)
+            lagrangian = self._lagrangian(divergences, batch[1].to(self._device))
+            assert_all_finite(lagrangian, "JeffreysNPE loss")
+            kernel = self._calibration(batch[1].to(self._device), loss_args)
             self.optimizer.zero_grad()
-            forward, reverse, proxy_forward = weights.dual_variables.tolist()
-            lagrangian = (
-                forward * divergences.forward_kl
-                + reverse * divergences.reverse_kl
-                + proxy_forward * divergences.proxy_forward_kl
-            )
-            if reverse * weights.flow_share > 0:
-                reverse_kl_of_flow = objective.reverse_kl_of_flow(
-                    flow, proxy, x, divergences.log_partition.value
-                )
-                lagrangian = lagrangian + (
-                    reverse * weights.flow_share * reverse_kl_of_flow
-                )
             (kernel * lagrangian).mean().backward()
             self._step(clip_max_norm)
             means.append(_means(divergences, kernel))
@@ -694,11 +705,72 @@ class JeffreysNPE(NPE):
             self._epoch_metrics[f"training_{name}"] = value
         return epoch_means[0]
 
+    def _divergences(
+        self, batch: Sequence[Tensor], loader: DataLoader, loss_args: Optional[LossArgs]
+    ) -> Divergences:
+        """Return the divergences that the models lower which learn in this stage."""
+        divergences = Divergences()
+        if self._stage.trains_flow:
+            divergences.forward_kl = self._forward_kl(batch, loss_args)
+        if self._stage.trains_proxy:
+            proxy = self._estimator.proxy
+            theta, x = batch[0].to(self._device), batch[1].to(self._device)
+            (
+                divergences.reverse_kl,
+                divergences.proxy_forward_kl,
+                divergences.log_partition,
+            ) = self.objective.proxy_divergences(
+                proxy, theta, x, self._proposals_at(batch, loader)
+            )
+            if self._has_atomic_loss(loss_args):
+                divergences.proxy_forward_kl = atomic_proxy_loss(
+                    proxy, self._prior, theta, x, self._num_atoms
+                )
+        return divergences
+
+    def _forward_kl(
+        self, batch: Sequence[Tensor], loss_args: Optional[LossArgs]
+    ) -> Tensor:
+        theta, x, masks = (part.to(self._device) for part in batch[:3])
+        if not self._has_atomic_loss(loss_args):
+            return self._estimator.flow.loss(theta, x)
+        assert isinstance(loss_args, LossArgsNPE)
+        return -self._log_prob_proposal_posterior(
+            theta,
+            x,
+            masks,
+            loss_args.proposal,  # type: ignore[arg-type]
+        )
+
+    def _has_atomic_loss(self, loss_args: Optional[LossArgs]) -> bool:
+        """Return whether parameters come from a proposal other than the prior."""
+        assert isinstance(loss_args, LossArgsNPE)
+        return self._round > 0 and not loss_args.force_first_round_loss
+
+    def _lagrangian(self, divergences: Divergences, x: Tensor) -> Tensor:
+        weights, estimator = self._weights, self._estimator
+        dual_variables = weights.dual_variables.tolist()
+        terms = [
+            weight * divergence
+            for weight, divergence in zip(
+                dual_variables, divergences.losses, strict=True
+            )
+            if divergence is not None
+        ]
+        lagrangian = torch.stack(terms).sum(0)
+        flow_weight = dual_variables[1] * weights.flow_share
+        if self._stage is Stage.JOINT and flow_weight > 0:
+            assert divergences.log_partition is not None
+            lagrangian = lagrangian + flow_weight * self.objective.reverse_kl_of_flow(
+                estimator.flow, estimator.proxy, x, divergences.log_partition.value
+            )
+        return lagrangian
+
     def _step(self, clip_max_norm: Optional[float]) -> None:
         """Take one optimiser step, with the gradients of each network clipped."""
         for model in (self._estimator.flow, self._estimator.proxy):
             norm = clip_grad_norm_(
-                model.parameters(),
+                [p for p in model.parameters() if p.grad is not None],
                 torch.inf if clip_max_norm is None else clip_max_norm,
             )
             if not torch.isfinite(norm):
@@ -707,24 +779,46 @@ class JeffreysNPE(NPE):
                 return
         self.optimizer.step()
 
-    def _proposals_at(self, batch: Sequence[Tensor], loader: DataLoader) -> Proposals:
+    def _proposals_at(
+        self, batch: Sequence[Tensor], loader: DataLoader, validate: bool = False
+    ) -> Proposals:
         """Return the proposal samples at the conditions of a batch.
 
         They are drawn for all simulations at once and kept. Batches of a loader with
         keywords of the user's do not say which simulations they hold; theirs are
         drawn anew.
         """
-        estimator = self._estimator
-        draw = self.objective.propose
+        objective = self.objective
         if len(batch) < 4:
-            return draw(estimator.flow, estimator.proxy, batch[1].to(self._device))
-        if self._proposals is None:
-            x = loader.dataset.tensors[1]  # type: ignore[attr-defined]
-            self._proposals = Proposals.concatenate([
-                draw(estimator.flow, estimator.proxy, chunk.to(self._device))
-                for chunk in x.split(PROPOSAL_BATCH_SIZE)
-            ])
-        return self._proposals.at(batch[3])
+            estimator = self._estimator
+            return objective.propose(
+                estimator.flow, estimator.proxy, batch[1].to(self._device)
+            )
+        name = "validation" if validate else "training"
+        if name not in self._proposals:
+            # Not more validation simulations than the divergences are taken of.
+            end = NUM_VALIDATION_SIMULATIONS if self._round == 0 else None
+            indices = self.val_indices[:end] if validate else self.train_indices
+            x = loader.dataset.tensors[1][indices]  # type: ignore[attr-defined]
+            multiple = VALIDATION_MULTIPLE if validate else POOL_MULTIPLE
+            self._proposals[name] = self._draw_proposals(x, multiple)
+        proposals = self._proposals[name].at(self._position[batch[3]])
+        if validate:
+            return proposals
+        return proposals.subset(
+            objective.num_flow_samples, objective.num_reference_samples
+        )
+
+    def _draw_proposals(self, x: Tensor, multiple: int) -> Proposals:
+        estimator, objective = self._estimator, self.objective
+        num_samples = objective.num_flow_samples + objective.num_reference_samples
+        multiple = min(multiple, max(1, MAX_POOL_SIZE // (num_samples * len(x))))
+        return Proposals.concatenate([
+            objective.propose(
+                estimator.flow, estimator.proxy, chunk.to(self._device), multiple
+            )
+            for chunk in x.split(PROPOSAL_BATCH_SIZE)
+        ])
 
     def _calibration(self, x: Tensor, loss_args: Optional[LossArgs]) -> Tensor:
         """Return the calibration kernel's weights; sbi sets a kernel of ones."""
@@ -732,84 +826,106 @@ class JeffreysNPE(NPE):
         assert loss_args.calibration_kernel is not None
         return loss_args.calibration_kernel(x)
 
-    def _apply_round_losses(
-        self,
-        divergences: Divergences,
-        batch: Sequence[Tensor],
-        loss_args: Optional[LossArgs],
-    ) -> None:
-        """Replace the forward divergences where parameters came from a proposal."""
-        assert isinstance(loss_args, LossArgsNPE)
-        if self._round == 0 or loss_args.force_first_round_loss:
-            return
-        theta, x, masks = (part.to(self._device) for part in batch[:3])
-        divergences.forward_kl = -self._log_prob_proposal_posterior(
-            theta,
-            x,
-            masks,
-            loss_args.proposal,  # type: ignore[arg-type]
-        )
-        divergences.proxy_forward_kl = atomic_proxy_loss(
-            self._estimator.proxy, self._prior, theta, x, self._num_atoms
-        )
-
     def _validate_epoch(
         self, val_loader: DataLoader, loss_args: Optional[LossArgs]
     ) -> float:
-        estimator = self._estimator
-        objective = JeffreysObjective(NUM_VALIDATION_SAMPLES, NUM_VALIDATION_SAMPLES)
-        flow_losses: List[Tensor] = []
-        parts: List[Tuple[Tensor, ...]] = []
-        num_done = 0
+        losses: List[Tensor] = []
+        parts: List[Divergences] = []
+        kernels: List[Tensor] = []
         with torch.no_grad():
             for batch in val_loader:
-                theta, x = batch[0].to(self._device), batch[1].to(self._device)
-                kernel = self._calibration(x, loss_args)
-                if num_done >= NUM_VALIDATION_SIMULATIONS and self._round == 0:
-                    flow_losses.append(kernel * estimator.flow.loss(theta, x))
+                kernel = self._calibration(batch[1].to(self._device), loss_args)
+                forward_kl = self._forward_kl(batch, loss_args)
+                losses.append(kernel * forward_kl)
+                if self._stage is Stage.FLOW:
                     continue
-                divergences = objective.divergences(
-                    estimator.flow,
-                    estimator.proxy,
-                    theta,
-                    x,
-                    objective.propose(estimator.flow, estimator.proxy, x),
+                judged = self._judged(batch)
+                if not judged.any():
+                    continue
+                batch = [part[judged] for part in batch]
+                divergences = self._proxy_validation(batch, val_loader, loss_args)
+                divergences.forward_kl = forward_kl[judged]
+                parts.append(divergences)
+                kernels.append(kernel[judged])
+        val_loss = torch.cat(losses).mean().item()
+        if parts:
+            self._record_validation(parts, kernels)
+        else:
+            self._epoch_metrics.update(dict.fromkeys(VALIDATION_METRICS, math.nan))
+            self._epoch_metrics["validation_forward_kl"] = val_loss
+        self._keep_best("flow", val_loss)
+        for name, value in zip(
+            DUAL_METRICS, self._weights.dual_variables.tolist(), strict=True
+        ):
+            self._epoch_metrics[name] = value
+        self._epoch_metrics["trust"] = self._weights.trust
+        return val_loss
+
+    def _judged(self, batch: Sequence[Tensor]) -> Tensor:
+        """Return which simulations of a batch the proxy is validated on."""
+        if len(batch) < 4 or self._round > 0:  # atoms are told apart in whole batches
+            return torch.ones(len(batch[0]), dtype=torch.bool)
+        return self._position[batch[3]] < NUM_VALIDATION_SIMULATIONS
+
+    def _proxy_validation(
+        self, batch: Sequence[Tensor], loader: DataLoader, loss_args: Optional[LossArgs]
+    ) -> Divergences:
+        """Return the divergences of the proxy on a batch of validation simulations."""
+        estimator = self._estimator
+        theta, x = batch[0].to(self._device), batch[1].to(self._device)
+        reverse_kl, proxy_forward_kl, log_partition = self.objective.proxy_divergences(
+            estimator.proxy, theta, x, self._proposals_at(batch, loader, validate=True)
+        )
+        proxy_forward_kl = (
+            proxy_forward_kl + log_partition.debiased - log_partition.value
+        )
+        if self._has_atomic_loss(loss_args):
+            proxy_forward_kl = atomic_proxy_loss(
+                estimator.proxy, self._prior, theta, x, self._num_atoms
+            )
+        return Divergences(None, reverse_kl, proxy_forward_kl, log_partition)
+
+    def _record_validation(
+        self, parts: List[Divergences], kernels: List[Tensor]
+    ) -> None:
+        """Keep the best proxy, and update the weights when both models learn."""
+        forward, reverse, proxy_forward = (
+            torch.cat([
+                kernel * losses[index]  # type: ignore[operator]
+                for kernel, losses in zip(
+                    kernels, (part.losses for part in parts), strict=True
                 )
-                log_partition = divergences.log_partition
-                divergences.proxy_forward_kl += (
-                    log_partition.debiased - log_partition.value
-                )
-                self._apply_round_losses(divergences, batch, loss_args)
-                flow_losses.append(kernel * divergences.forward_kl)
-                parts.append((
-                    flow_losses[-1],
-                    kernel * divergences.reverse_kl,
-                    kernel * divergences.proxy_forward_kl,
-                    log_partition.value,
-                    log_partition.effective_sample_size,
-                ))
-                num_done += len(x)
-        forward, reverse, proxy_forward, log_z, ess = map(
-            torch.cat, zip(*parts, strict=True)
+            ])
+            for index in range(3)
         )
         validation = ValidationDivergences(forward, reverse, proxy_forward)
-        self._weights.update(validation)
-        val_loss = torch.cat(flow_losses).mean().item()
+        if self._stage is Stage.JOINT:
+            self._weights.update(validation)
         self._keep_best("proxy", validation.proxy_forward_kl)
-        self._keep_best("flow", val_loss)
-        dual_variables = self._weights.dual_variables.tolist()
+        partitions = [part.log_partition for part in parts if part.log_partition]
         self._epoch_metrics.update(
             validation_forward_kl=validation.forward_kl,
             validation_reverse_kl=validation.reverse_kl,
             validation_proxy_forward_kl=validation.proxy_forward_kl,
-            dual_forward_kl=dual_variables[0],
-            dual_reverse_kl=dual_variables[1],
-            dual_proxy_forward_kl=dual_variables[2],
-            trust=self._weights.trust,
-            log_partition=log_z.mean().item(),
-            effective_sample_size=ess.mean().item(),
+            log_partition=torch.cat([p.value for p in partitions]).mean().item(),
+            effective_sample_size=torch
+            .cat([p.effective_sample_size for p in partitions])
+            .mean()
+            .item(),
         )
-        return val_loss
+
+    def _first_stage(self) -> Stage:
+        stage = Stage.FLOW if self._is_new else Stage.JOINT
+        self._is_new = False
+        return stage
+
+    def _start_next_stage(self) -> None:
+        for name in ("flow", "proxy"):
+            if name in self._best:
+                getattr(self._estimator, name).load_state_dict(self._best[name][2])
+        self._stage, self._stage_start = self._stage.next, self.epoch
+        self._proposals = {}
+        self.optimizer.state.clear()
 
     def _keep_best(self, name: str, loss: float) -> None:
         model = getattr(self._estimator, name)
@@ -825,7 +941,8 @@ class JeffreysNPE(NPE):
         estimator.flow.load_state_dict(self._best["flow"][2])
         # With an embedding net of both, the proxy is that of the flow's best epoch.
         proxy = "flow's proxy" if estimator.shares_parameters else "proxy"
-        estimator.proxy.load_state_dict(self._best[proxy][2])
+        if proxy in self._best:
+            estimator.proxy.load_state_dict(self._best[proxy][2])
         estimator.eval()
 
     def _converged(self, epoch: int, stop_after_epochs: int) -> bool:
@@ -836,9 +953,23 @@ class JeffreysNPE(NPE):
         # sbi restores this state at the end of training; `_restore_best` then loads
         # each model's own.
         self._best_model_state_dict = self._estimator.state_dict()
-        last_improvement = max(best[1] for best in self._best.values())
+        last_improvement = max(
+            self._stage_start - 1, *(best[1] for best in self._best.values())
+        )
         self._epochs_since_last_improvement = epoch - 1 - last_improvement
-        return self._epochs_since_last_improvement >= stop_after_epochs
+        # Without a weight on the proxy there is nothing to learn after the flow.
+        is_last = (
+            self._stage is Stage.JOINT or not self._weights.dual_variables[1:].any()
+        )
+        if is_last:
+            return self._epochs_since_last_improvement >= stop_after_epochs
+        share = self._max_num_epochs / 3
+        if (
+            self._epochs_since_last_improvement >= stop_after_epochs
+            or epoch - self._stage_start >= share
+        ):
+            self._start_next_stage()
+        return False
 
     def _summarize_epoch(
         self,
@@ -954,7 +1085,7 @@ class JeffreysNPE(NPE):
     def __getstate__(self) -> Dict:
         state = super().__getstate__()
         # Builders are closures, which pickle refuses, as for sbi's own.
-        state.update(_build_flow=None, _build_proxy=None, _proposals=None)
+        state.update(_build_flow=None, _build_proxy=None, _proposals={})
         state.update(_checkpoint=None, _before_training=None)
         return state
 
@@ -1111,10 +1242,6 @@ def _check_density(
 
 def _means(divergences: Divergences, kernel: Tensor) -> List[float]:
     return [
-        (kernel * part.detach()).mean().item()
-        for part in (
-            divergences.forward_kl,
-            divergences.reverse_kl,
-            divergences.proxy_forward_kl,
-        )
+        math.nan if part is None else (kernel * part.detach()).mean().item()
+        for part in divergences.losses
     ]

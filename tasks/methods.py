@@ -280,12 +280,10 @@ _METHODS: tuple[Method, ...] = (
     SingleRound(
         JeffreysNPE,
         {"jeffreys": {}, "jeffreys_refined": {"sample_with": "refined"}},
-        density_estimator="nsf",
     ),
     SingleRound(
         JeffreysNPE,
         {"jeffreys_fixed": {}},
-        density_estimator="nsf",
         weights="fixed",
     ),
     SingleRound(NPE, {"npe_nsf": {}}, density_estimator="nsf"),

@@ -1,0 +1,118 @@
+r"""Features of the simulation outputs: standard and normal scores.
+
+Outputs of simulators are often skewed or have long tails, where a z-score leaves the
+bulk of the simulations within a fraction of one unit. Beside the z-score every output
+therefore has its normal score, $\Phi^{-1}$ of its empirical distribution function. A
+monotone function of an output loses nothing, and neither depends on its units.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+# Knots of the piecewise linear distribution function.
+NUM_KNOTS = 100
+# An output with fewer values is discrete, and its normal score says nothing new.
+MIN_DISTINCT = 20
+# Simulations that the features are fitted to; more change nothing.
+MAX_SIMULATIONS = 20_000
+# An outlier is that, whether it is ten or a million standard deviations away.
+MAX_SCORE = 10.0
+
+
+class Features(nn.Module):
+    r"""Standard scores of all outputs and normal scores of the continuous ones.
+
+    Args:
+        x: Simulation outputs of shape `(num_simulations, *condition_shape)`.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    continuous: Tensor
+    knots: Tensor
+    scores: Tensor
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        flat = _finite_or_nan(x[:MAX_SIMULATIONS])
+        mean = flat.nanmean(0).nan_to_num()
+        self.register_buffer("mean", mean)
+        variance = (flat - mean).square().nanmean(0).nan_to_num()
+        # Constant outputs carry rounding errors only.
+        floor = 1e-6 * flat.nan_to_num().abs().amax(0)
+        scale = variance.sqrt()
+        self.register_buffer("scale", torch.where(scale > floor, scale, 1.0))
+        index = is_continuous(x).nonzero().flatten()
+        self.register_buffer("continuous", index)
+        columns = self._standard(flat).T
+        table = torch.empty(2, len(index), NUM_KNOTS).to(flat)
+        for row, values in enumerate(columns[index]):
+            table[0, row], table[1, row] = _normal_scores(values)
+        self.register_buffer("knots", table[0].contiguous())
+        self.register_buffer("scores", table[1].contiguous())
+
+    @property
+    def numel(self) -> int:
+        """Number of features."""
+        return len(self.mean) + len(self.continuous)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features of shape `(batch_dim, numel)`.
+
+        Outputs that are missing (NaN or infinite) have the score zero, the average.
+
+        Args:
+            x: Simulation outputs of shape `(batch_dim, *condition_shape)`.
+        """
+        standard = self._standard(_finite_or_nan(x)).nan_to_num(nan=0.0)
+        values = standard[:, self.continuous].T.contiguous()
+        knots, scores = self.knots, self.scores
+        right = torch.searchsorted(knots, values).clamp(1, NUM_KNOTS - 1)
+        left = right - 1
+        x0, x1 = knots.gather(1, left), knots.gather(1, right)
+        y0, y1 = scores.gather(1, left), scores.gather(1, right)
+        # Neighbouring knots coincide at the ends only, where outputs are tied.
+        width = (x1 - x0).clamp_min(torch.finfo(values.dtype).tiny)
+        normal = y0 + (values - x0) * ((y1 - y0) / width)
+        # Beyond the outermost knots a line goes on, but not for ever.
+        normal = normal.clamp(-MAX_SCORE / 2, MAX_SCORE / 2)
+        standard = standard.clamp(-MAX_SCORE, MAX_SCORE)
+        return torch.cat((standard, normal.T), 1)
+
+    def _standard(self, flat: Tensor) -> Tensor:
+        return (flat - self.mean) / self.scale
+
+
+def is_continuous(x: Tensor) -> Tensor:
+    """Return which outputs have more than a few values, of shape `(num_outputs,)`.
+
+    Args:
+        x: Simulation outputs of shape `(num_simulations, *condition_shape)`.
+    """
+    columns = _finite_or_nan(x[:MAX_SIMULATIONS]).T
+    distinct = [len(c[~c.isnan()].unique()) >= MIN_DISTINCT for c in columns]
+    return torch.tensor(distinct, dtype=torch.bool, device=x.device)
+
+
+def _finite_or_nan(x: Tensor) -> Tensor:
+    """Return the outputs in one dimension, with NaN where there is none."""
+    flat = x.flatten(1).to(torch.float32)
+    return flat.masked_fill(~flat.isfinite(), torch.nan)
+
+
+def _normal_scores(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return knots and their normal scores, both of shape `(NUM_KNOTS,)`."""
+    ordered = values[~values.isnan()].sort().values
+    num = len(ordered)
+    # Knots at even distances of the score, so that the tails have theirs.
+    normal = Normal(0.0, 1.0)
+    end = normal.icdf(torch.tensor(1 - 0.5 / num, dtype=torch.float64)).item()
+    levels = normal.cdf(torch.linspace(-end, end, NUM_KNOTS, dtype=torch.float64))
+    index = (levels * num - 0.5).round().long().clamp(0, num - 1).to(values.device)
+    knots = ordered[index]
+    # Tied values share the middle of their ranks.
+    first = torch.searchsorted(ordered, knots)
+    last = torch.searchsorted(ordered, knots, right=True)
+    scores = normal.icdf((first + last).to(values) / (2 * num))
+    return knots, scores

@@ -1,0 +1,79 @@
+"""Features of the simulation outputs."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from sbi_jeffreys.features import MAX_SCORE, Features
+
+
+def skewed(num: int = 1000, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num, 2, generator=generator).mul(2).exp()
+
+
+def test_standard_scores_are_those_of_the_simulations():
+    x = (torch.randn(500, 3) + 5) * torch.tensor([1.0, 1e6, 1e-6])
+    features = Features(x)(x)[:, :3]
+    torch.testing.assert_close(
+        features,
+        torch.from_numpy(stats.zscore(x.double().numpy(), ddof=0)).float(),
+        atol=1e-3,
+        rtol=1e-3,
+    )
+
+
+def test_normal_scores_are_those_of_scipy_ranks():
+    x = skewed()
+    normal = Features(x)(x)[:, 2:]
+    ranks = stats.rankdata(x.numpy(), axis=0)
+    expected = stats.norm.ppf((ranks - 0.5) / len(x))
+    # Exact at the hundred knots, linear between.
+    assert np.abs(normal.numpy() - expected).max() < 0.1
+    assert np.abs(normal.numpy() - expected).mean() < 0.01
+
+
+def test_normal_scores_increase_with_the_output():
+    x = skewed()
+    ordered = torch.linspace(0, 100, 300).unsqueeze(1).expand(-1, 2)
+    normal = Features(x)(ordered)[:, 2:]
+    assert (normal.diff(dim=0) >= 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_units_do_not_matter(scale):
+    x = skewed()
+    torch.testing.assert_close(
+        Features(x * scale)(x * scale), Features(x)(x), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_discrete_outputs_have_a_standard_score_only():
+    x = torch.cat((torch.randint(0, 2, (300, 4)).float(), torch.randn(300, 1)), 1)
+    features = Features(x)
+    assert features.numel == 6
+    assert features(x).shape == (300, 6)
+
+
+def test_outliers_and_constants_stay_finite():
+    x = torch.cat((torch.randn(300, 2), torch.full((300, 1), 3.0)), 1)
+    features = Features(x)
+    outlier = torch.tensor([[1e30, -1e30, 5.0]])
+    assert features(outlier).abs().max() <= MAX_SCORE
+    assert (features(x)[:, 2] == 0).all()
+
+
+def test_tied_values_share_a_score():
+    x = torch.randint(0, 40, (2000, 1)).float()
+    features = Features(x)
+    zeros = (x == 0).float().mean().item()
+    expected = stats.norm.ppf(zeros / 2)
+    assert features(torch.zeros(1, 1))[0, 1].item() == pytest.approx(expected, abs=0.05)
+
+
+def test_features_survive_the_state_dict():
+    x = skewed()
+    features, other = Features(x), Features(skewed(seed=1))
+    other.load_state_dict(features.state_dict())
+    assert torch.equal(other(x), features(x))
