@@ -127,8 +127,8 @@ def test_numbers_are_parsed():
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
-        ("first_results", 2 * 4 * 5 * 10),
-        ("first_results_10d", 1 * 4 * 5 * 10),
+        ("against_npe_1000", 6 * 4 * 3 * 10),
+        ("against_npe_1000_10d", 4 * 4 * 3 * 10),
         ("single_round_1000", 10 * 11 * 3 * 10),
         ("single_round_10000", 6 * 6 * 3 * 10),
     ],

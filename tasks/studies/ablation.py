@@ -1,0 +1,212 @@
+r"""Ablations: what each part of `JeffreysNPE` is worth, on fresh simulations.
+
+    python -m tasks.studies.ablation --out ablation.csv
+    python -m tasks.studies.ablation --out ablation.csv --report
+
+C2ST needs reference posteriors, and says little about a single change before many
+observations and seeds. Here every variant is trained on the same simulations and judged
+by the density that it gives to the parameters of fresh simulations,
+
+.. math:: -\mathbb{E}_\pi[\log p(\theta \mid x)] = \mathrm{KL}(\pi \Vert p) + H(\pi),
+
+in nats: the difference of two variants is a difference of divergences, paired over
+simulations, whatever the entropy. The simulations and seeds are none of the
+benchmark's, and its observations are not used, so that settings may be chosen here.
+
+Densities are those within the prior's support, as the posteriors are sampled. Where a
+density needs a normalising constant (proxy and refined posterior), it is estimated from
+samples of flow and prior together with the parameters themselves: what the samples miss
+can then only make a model look worse than it is.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from sbi.inference import NPE
+from sbi.neural_nets import posterior_nn
+from sbi.utils import within_support
+from torch import Tensor
+from torch.distributions import Distribution
+
+from sbi_jeffreys import (
+    FixedWeights,
+    JeffreysEstimator,
+    JeffreysNPE,
+    NoTracker,
+    energy_nn,
+)
+from sbi_jeffreys.partition import log_mixture
+from sbi_jeffreys.refinement import log_ratio, sample_with_log_ratio, temper
+from tasks import TASKS, get_task
+
+NUM_FRESH = 500
+NUM_SAMPLES = 300
+
+# The first is what the others are compared with.
+VARIANTS: dict[str, tuple[type[NPE], Callable[[], dict[str, Any]]]] = {
+    "jeffreys": (JeffreysNPE, dict),
+    "jeffreys, nsf": (JeffreysNPE, lambda: {"density_estimator": "nsf"}),
+    "jeffreys, weights fixed": (JeffreysNPE, lambda: {"weights": "fixed"}),
+    "jeffreys, flow without residual coordinates": (
+        JeffreysNPE,
+        lambda: {"density_estimator": posterior_nn("maf")},
+    ),
+    "jeffreys, proxy without dropout": (
+        JeffreysNPE,
+        lambda: {"energy_estimator": energy_nn(dropout=0.0)},
+    ),
+    "jeffreys, the flow's stage alone": (
+        JeffreysNPE,
+        lambda: {"weights": FixedWeights((1.0, 0.0, 0.0))},
+    ),
+    "npe, maf": (NPE, lambda: {"density_estimator": "maf"}),
+    "npe, nsf": (NPE, lambda: {"density_estimator": "nsf"}),
+}
+
+
+def held_out_losses(
+    estimator: Any, prior: Distribution, theta: Tensor, x: Tensor
+) -> dict[str, Tensor]:
+    """Return the negative log densities of fresh parameters under every model.
+
+    Args:
+        estimator: What `train` returned.
+        prior: The prior.
+        theta: Parameters of shape (num, dim_parameters).
+        x: Their simulations, shape (num, dim_data).
+
+    Returns:
+        Losses of shape (num,) of the `"flow"`, and for a `JeffreysEstimator` of its
+        `"proxy"` and of the `"refined"` posterior.
+    """
+    with torch.no_grad():
+        log_flow = estimator.log_prob(theta.unsqueeze(0), x)
+        if not isinstance(estimator, JeffreysEstimator):
+            samples = estimator.sample((NUM_SAMPLES,), x)
+            inside = within_support(prior, samples.flatten(0, 1))
+            return {"flow": _within(log_flow[0], inside.reshape(NUM_SAMPLES, -1))}
+        flow, proxy = estimator.flow, estimator.proxy
+        samples, log_w = sample_with_log_ratio(flow, proxy, NUM_SAMPLES, x)
+        log_w = torch.cat((log_ratio(flow, proxy, theta.unsqueeze(0), x), log_w))
+        refined = temper(log_w, estimator.exponent)
+        log_normaliser = torch.logsumexp(refined, 0) - math.log(1 + NUM_SAMPLES)
+
+        base = proxy.base
+        references = base.sample(NUM_SAMPLES, len(x))
+        points = torch.cat((theta.unsqueeze(0), samples, references))
+        log_b = base.log_prob(points)
+        log_m = log_mixture(
+            estimator.log_prob(points, x),
+            base.reference_log_prob(points),
+            NUM_SAMPLES,
+            NUM_SAMPLES,
+        )
+        log_unnormalized = log_b + proxy(points, x)
+        log_z = torch.logsumexp(log_unnormalized - log_m, 0) - math.log(len(points))
+        return {
+            "flow": _within(log_flow[0], ~torch.isneginf(log_w[1:])),
+            "proxy": log_z - log_unnormalized[0],
+            "refined": log_normaliser - log_flow[0] - refined[0],
+        }
+
+
+def _within(log_prob: Tensor, inside: Tensor) -> Tensor:
+    """Return the loss of a flow that is sampled within the prior's support."""
+    accepted = inside.float().mean(0).clamp_min(0.5 / len(inside))
+    return accepted.log() - log_prob
+
+
+def run(task_name: str, variant: str, budget: int, seed: int) -> list[dict[str, Any]]:
+    """Train a variant and return a row for each of its models."""
+    task = get_task(task_name)
+    torch.manual_seed(9000 + seed)
+    theta = task.prior.sample((budget + NUM_FRESH,))
+    x = task.simulator(theta)
+    trainer, keywords = VARIANTS[variant]
+    inference = trainer(
+        task.prior, tracker=NoTracker(), show_progress_bars=False, **keywords()
+    )
+    inference.append_simulations(theta[:budget], x[:budget])
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    estimator = inference.train()
+    seconds = time.perf_counter() - start
+    losses = held_out_losses(estimator, task.prior, theta[budget:], x[budget:])
+    return [
+        {
+            "task": task_name,
+            "variant": variant,
+            "budget": budget,
+            "seed": seed,
+            "model": model,
+            "loss": loss.mean().item(),
+            "standard_error": loss.std().item() / math.sqrt(len(loss)),
+            "seconds": seconds,
+        }
+        for model, loss in losses.items()
+    ]
+
+
+def report(rows: pd.DataFrame) -> str:
+    """Return Markdown tables of the losses, one for every budget."""
+    parts = []
+    for budget, part in rows.groupby("budget"):
+        table = part.pivot_table(
+            index=["variant", "model"], columns="task", values="loss", sort=False
+        )
+        table["mean"] = table.mean(axis=1, skipna=False)
+        table["seconds"] = part.groupby(["variant", "model"])["seconds"].mean()
+        parts.append(
+            f"{budget} simulations, {part['seed'].nunique()} seed(s)\n\n"
+            + _markdown(table.reset_index())
+        )
+    return "\n\n".join(parts)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    lines = [list(map(str, table.columns)), ["---"] * len(table.columns)]
+    for row in table.itertuples(index=False):
+        lines.append([f"{v:.2f}" if isinstance(v, float) else str(v) for v in row])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Run what is not in the file yet, or report what is."""
+    parser = argparse.ArgumentParser(description="Ablations of JeffreysNPE.")
+    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument(
+        "--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS)
+    )
+    parser.add_argument("--budget", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--report", action="store_true", help="print the tables only")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = pd.read_csv(arguments.out) if arguments.out.exists() else pd.DataFrame()
+    if arguments.report:
+        print(report(rows))
+        return
+    for seed in arguments.seeds:
+        for task in arguments.tasks:
+            for variant in arguments.variants:
+                key = (task, variant, arguments.budget, seed)
+                columns = ["task", "variant", "budget", "seed"]
+                if len(rows) and (rows[columns] == key).all(axis=1).any():
+                    continue
+                new = pd.DataFrame(run(*key))
+                rows = pd.concat([rows, new], ignore_index=True)
+                temporary = arguments.out.with_suffix(".tmp")
+                rows.to_csv(temporary, index=False)
+                temporary.replace(arguments.out)
+                print(new.to_string(index=False, header=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()
