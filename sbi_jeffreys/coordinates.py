@@ -62,7 +62,9 @@ class ResidualCoordinates(nn.Module):
         self.register_buffer("lower", lower)
         z = self._unbounded(theta)
         self.register_buffer("mean", z.mean(0))
-        self.register_buffer("scale", z.std(0))
+        # Of very few simulations, or where all lie outside the prior, it may be zero.
+        scale = z.std(0)
+        self.register_buffer("scale", torch.where(scale > 0, scale, 1.0))
         z = (z - self.mean) / self.scale
         inputs = features(x)
         regression: Any = RidgeCV(

@@ -74,7 +74,7 @@ class Proposals:
         return Proposals(
             self.theta[index],
             self.log_weights[index],
-            self.log_ratio[index[:num_flow_samples]],
+            self.log_ratio[index[: len(of_flow)]],
         )
 
     @staticmethod
@@ -166,7 +166,7 @@ class JeffreysObjective:
         """
         K = multiple * self.num_flow_samples
         M = multiple * self.num_reference_samples
-        theta_flow, log_flow = rsample_and_log_prob(flow, K, x)
+        theta_flow, log_flow = _finite(*rsample_and_log_prob(flow, K, x))
         theta_reference = proxy.base.sample(M, len(x))
         theta = torch.cat((theta_flow, theta_reference))
         log_flow = torch.cat((log_flow, flow.log_prob(theta_reference, x)))
@@ -247,3 +247,18 @@ class JeffreysObjective:
         value = (log_p - log_q).detach().mean(0) + log_partition.detach()
         # Zero in value: it only carries the gradient through the samples.
         return value + (path * (theta - points.detach())).sum(-1).mean(0)
+
+
+def _finite(theta: Tensor, log_prob: Tensor) -> Tuple[Tensor, Tensor]:
+    """Return samples with those that are not finite replaced by one that is.
+
+    At an outlying condition a flow may overflow in a few of its samples, which would
+    cost the divergences of the whole batch.
+    """
+    finite = theta.flatten(2).isfinite().all(-1) & log_prob.isfinite()
+    if finite.all():
+        return theta, log_prob
+    sample = torch.arange(len(theta), device=theta.device).unsqueeze(1)
+    index = torch.where(finite, sample, finite.int().argmax(0))
+    condition = torch.arange(theta.shape[1], device=theta.device)
+    return theta[index, condition], log_prob[index, condition]

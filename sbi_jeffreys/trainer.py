@@ -113,6 +113,17 @@ EPOCH_METRICS = (
     *DUAL_METRICS,
     "trust",
 )
+# What an epoch of a stage does not have, for want of a model that learns; NaN in the
+# summary.
+MISSING_METRICS: Dict[Stage, Tuple[str, ...]] = {
+    Stage.FLOW: (
+        "training_reverse_kl",
+        "training_proxy_forward_kl",
+        *VALIDATION_METRICS[1:],
+    ),
+    Stage.PROXY: ("training_forward_kl",),
+    Stage.JOINT: (),
+}
 
 
 class JeffreysNPE(NPE):
@@ -212,7 +223,7 @@ class JeffreysNPE(NPE):
                 "objective must be a JeffreysObjective, got "
                 f"{type(objective).__name__}."
             )
-        self._summary.update({name: [] for name in EPOCH_METRICS})
+        self._summary.update({name: [] for name in (*EPOCH_METRICS, "stage")})
         self._weights = deepcopy(self._initial_weights)
         self._proposals: Dict[str, Proposals] = {}
         self._epoch_metrics: Dict[str, float] = {}
@@ -594,13 +605,19 @@ class JeffreysNPE(NPE):
             set_random_state(random, self._device)
         return estimator
 
+    def _is_missing(self, name: str, epoch: int) -> bool:
+        """Return whether an epoch was of a stage without this metric."""
+        return name in MISSING_METRICS[Stage(self._summary["stage"][epoch])]
+
     def _warn_of_nan(self, num_epochs_before: int) -> None:
         """Warn of epochs whose divergences were not finite."""
         epochs = {
             name: [
                 epoch
                 for epoch, value in enumerate(self._summary[name])
-                if epoch >= num_epochs_before and not math.isfinite(value)
+                if epoch >= num_epochs_before
+                and not math.isfinite(value)
+                and not self._is_missing(name, epoch)
             ]
             for name in EPOCH_METRICS
             if name != "trust"  # of fixed weights there is none
@@ -689,14 +706,20 @@ class JeffreysNPE(NPE):
             and (self.epoch - self._stage_start) % POOL_EPOCHS == 0
         ):
             self._proposals = {}
+        flow = self._estimator.flow
+        if not self._stage.trains_flow:
+            flow.eval()  # what is drawn and normalised in passing stands still, too
         means = []
         for batch in train_loader:
             divergences = self._divergences(batch, train_loader, loss_args)
+            if divergences.forward_kl is not None:
+                assert_all_finite(divergences.forward_kl, "JeffreysNPE loss")
             lagrangian = self._lagrangian(divergences, batch[1].to(self._device))
-            assert_all_finite(lagrangian, "JeffreysNPE loss")
             kernel = self._calibration(batch[1].to(self._device), loss_args)
             self.optimizer.zero_grad()
             (kernel * lagrangian).mean().backward()
+            if not self._stage.trains_flow:  # an embedding net may be of both
+                flow.zero_grad(set_to_none=True)
             self._step(clip_max_norm)
             means.append(_means(divergences, kernel))
         epoch_means = torch.tensor(means).mean(0).tolist()
@@ -853,7 +876,8 @@ class JeffreysNPE(NPE):
         else:
             self._epoch_metrics.update(dict.fromkeys(VALIDATION_METRICS, math.nan))
             self._epoch_metrics["validation_forward_kl"] = val_loss
-        self._keep_best("flow", val_loss)
+        if self._stage.trains_flow:
+            self._keep_best("flow", val_loss)
         for name, value in zip(
             DUAL_METRICS, self._weights.dual_variables.tolist(), strict=True
         ):
@@ -932,14 +956,16 @@ class JeffreysNPE(NPE):
         loss = math.inf if math.isnan(loss) else loss
         if name not in self._best or loss < self._best[name][0]:
             self._best[name] = (loss, self.epoch, copy_of_state(model))
-            if name == "flow" and self._estimator.shares_parameters:
+            goes_with_flow = name == "flow" or not self._stage.trains_flow
+            if goes_with_flow and self._estimator.shares_parameters:
                 state = copy_of_state(self._estimator.proxy)
                 self._best["flow's proxy"] = (loss, self.epoch, state)
 
     def _restore_best(self) -> None:
         estimator = self._estimator
         estimator.flow.load_state_dict(self._best["flow"][2])
-        # With an embedding net of both, the proxy is that of the flow's best epoch.
+        # With an embedding net of both, the proxy is that of the flow's best epoch, or
+        # the best of those that learned while that flow stood still.
         proxy = "flow's proxy" if estimator.shares_parameters else "proxy"
         if proxy in self._best:
             estimator.proxy.load_state_dict(self._best[proxy][2])
@@ -984,6 +1010,7 @@ class JeffreysNPE(NPE):
         )
         for name in EPOCH_METRICS:
             self._summary[name].append(self._epoch_metrics[name])
+        self._summary["stage"].append(self._stage.value)
         self._last_epoch = capture(self, self.epoch + 1)
         self._num_retries = 0
         if self._checkpoint is not None:
@@ -1007,7 +1034,8 @@ class JeffreysNPE(NPE):
             for name in EPOCH_METRICS:
                 values = self._summary[name][offset:]
                 for step, value in enumerate(values, start=offset):
-                    self._tracker.log_metric(name=name, value=value, step=step)
+                    if not self._is_missing(name, step):
+                        self._tracker.log_metric(name=name, value=value, step=step)
             super()._summarize(round_)
         except OSError as err:  # a full disk must not cost the networks
             warnings.warn(
@@ -1019,11 +1047,14 @@ class JeffreysNPE(NPE):
     def _maybe_show_progress(self, show: bool, epoch: int) -> None:  # type: ignore[override]
         if show:
             metrics = self._epoch_metrics
+            proxy_loss = f"{metrics['validation_proxy_forward_kl']:.3f}"
+            if self._is_missing("validation_proxy_forward_kl", -1):
+                proxy_loss = "to come"
             print(
                 "\r",
                 f"Training JeffreysNPE. Epochs trained: {epoch}, validation loss: flow "
-                f"{metrics['validation_forward_kl']:.3f}, proxy "
-                f"{metrics['validation_proxy_forward_kl']:.3f}, dual variables: "
+                f"{metrics['validation_forward_kl']:.3f}, proxy {proxy_loss}, "
+                "dual variables: "
                 f"{metrics['dual_forward_kl']:.2f} {metrics['dual_reverse_kl']:.2f} "
                 f"{metrics['dual_proxy_forward_kl']:.2f} ",
                 end="",

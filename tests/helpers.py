@@ -1,7 +1,7 @@
 """Models with closed forms, to test Monte Carlo estimates against."""
 
 import math
-from typing import Callable, Optional
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
@@ -163,3 +163,69 @@ def flat_gradient(loss: Tensor, module: nn.Module) -> Tensor:
         (torch.zeros_like(p) if g is None else g).flatten()
         for p, g in zip(parameters, gradients, strict=True)
     ])
+
+
+# What the summary has no values of while a model does not learn yet, or stands still.
+METRICS_OF_FLOW = ("training_forward_kl", "training_loss")
+METRICS_OF_PROXY = (
+    "training_reverse_kl",
+    "training_proxy_forward_kl",
+    "validation_reverse_kl",
+    "validation_proxy_forward_kl",
+    "log_partition",
+    "effective_sample_size",
+)
+MISSING = {"flow": METRICS_OF_PROXY, "proxy": METRICS_OF_FLOW, "joint": ()}
+
+
+def steps_and_values(
+    summary: Mapping[str, List[Any]], name: str
+) -> List[Tuple[int, float]]:
+    """Return the epochs that have a metric with its values; the others must be NaN."""
+    stages, values = summary["stage"], summary[name]
+    assert len(values) == len(stages), name
+    for stage, value in zip(stages, values, strict=True):
+        assert name not in MISSING[stage] or math.isnan(value), (name, stage)
+    return [
+        (step, value)
+        for step, (stage, value) in enumerate(zip(stages, values, strict=True))
+        if name not in MISSING[stage]
+    ]
+
+
+def values_of(summary: Mapping[str, List[Any]], name: str) -> List[float]:
+    """Return the values of a metric in those epochs that have it."""
+    return [value for _, value in steps_and_values(summary, name)]
+
+
+def interrupt_before(inference: Any, epoch: int) -> None:
+    """Let an inference object's training be interrupted, once, before an epoch."""
+    train_epoch = inference._train_epoch
+
+    def interrupted(*args: Any, **kwargs: Any) -> float:
+        if inference.epoch == epoch:
+            del inference._train_epoch
+            raise KeyboardInterrupt
+        return train_epoch(*args, **kwargs)
+
+    inference._train_epoch = interrupted
+
+
+def state_of(model: nn.Module) -> Dict[str, Tensor]:
+    """Return a copy of all parameters and buffers."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Return whether tensors are equal to the bit; unlike `torch.equal`, NaN is NaN."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def assert_epochs_are_finite(summary: Mapping[str, List[Any]]) -> None:
+    """Every epoch has all metrics of its stage, finite; the others are NaN."""
+    for name, values in summary.items():
+        if name in ("stage", "epochs_trained"):
+            continue
+        if name != "best_validation_loss":
+            values = values_of(summary, name)
+        assert all(map(math.isfinite, values)), (name, values)

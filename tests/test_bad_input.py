@@ -7,6 +7,7 @@ import warnings
 import pytest
 import scipy.stats
 import torch
+from helpers import assert_epochs_are_finite
 from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform
 from torch import nn
@@ -53,8 +54,7 @@ def train(theta, x, prior=PRIOR, exclude_invalid_x=None, **kwargs):
 
 
 def assert_trained(inference):
-    for name, values in inference.summary.items():
-        assert all(math.isfinite(value) for value in values), name
+    assert_epochs_are_finite(inference.summary)
     posterior = inference.build_posterior(sample_with="refined")
     shape = posterior.posterior_estimator.condition_shape
     samples = posterior.sample((20,), x=torch.zeros(1, *shape))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import LinearGaussianFlow, flat_gradient
 from sbi.inference import NPE
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from sbi.utils import BoxUniform, MultipleIndependent
@@ -17,7 +18,8 @@ from torch.distributions import (
 
 from sbi_jeffreys.coordinates import ResidualCoordinates
 from sbi_jeffreys.features import Features
-from sbi_jeffreys.residual_flow import build_residual_flow
+from sbi_jeffreys.flow import score
+from sbi_jeffreys.residual_flow import ResidualFlow, build_residual_flow
 
 
 def linear_simulations(num=2000, seed=0):
@@ -151,6 +153,73 @@ def test_samples_of_the_flow_have_its_density(model):
     )
 
 
+@pytest.fixture
+def gaussian_flow():
+    """A flow that is Gaussian in the residual coordinates, and so in the parameters."""
+    prior, theta, x, _ = linear_simulations(500)
+    coordinates, inputs = coordinates_of(theta, x, prior)
+    flow = LinearGaussianFlow(
+        0.2 * torch.randn(3, inputs.shape[1]),
+        torch.tensor([0.3, -0.2, 0.0]),
+        torch.tensor([[0.8, 0.0, 0.0], [0.3, 1.2, 0.0], [-0.5, 0.1, 0.9]]),
+    )
+    flow = ResidualFlow(flow, coordinates, Features(x), theta[0].shape, x[0].shape)
+    return flow, theta[:4], x[:4]
+
+
+def parameters_distribution(flow, x):
+    """Return the Gaussian of `gaussian_flow` in the parameters, in closed form."""
+    coordinates, features = flow.coordinates, flow.features(x)
+    root = coordinates.scale.unsqueeze(1) * coordinates.cholesky
+    center = coordinates.mean + coordinates.scale * coordinates.predict(features)
+    return MultivariateNormal(
+        center + flow.flow.mean(features) @ root.T,
+        root @ flow.flow.covariance() @ root.T,
+    )
+
+
+def test_density_and_score_of_a_gaussian_flow(gaussian_flow):
+    flow, theta, x = gaussian_flow
+    points = theta + 0.3 * torch.randn(6, 4, 3)
+    target = parameters_distribution(flow, x)
+    torch.testing.assert_close(
+        flow.log_prob(points, x), target.log_prob(points), atol=1e-3, rtol=1e-3
+    )
+    expected = -torch.einsum(
+        "ijk,bik->bij", target.precision_matrix, points - target.mean
+    )
+    torch.testing.assert_close(
+        score(flow, points, x), expected.detach(), atol=1e-2, rtol=1e-3
+    )
+
+
+def test_samples_of_a_gaussian_flow_and_their_gradients(gaussian_flow):
+    flow, _, x = gaussian_flow
+    target = parameters_distribution(flow, x)
+    num = 20_000
+    samples, _ = flow.sample_and_log_prob(torch.Size((num,)), x)
+    # In closed form the expectation of the square is that of mean and covariance.
+    variance = target.variance
+    error = (variance / num).sqrt()
+    assert ((samples.mean(0) - target.mean).abs() < 4.5 * error).all()
+    square_error = ((4 * target.mean**2 + 2 * variance) * variance / num).sqrt()
+    squares = target.mean**2 + variance
+    assert ((samples.square().mean(0) - squares).abs() < 4.5 * square_error).all()
+    gradients = (
+        flat_gradient(value, flow.flow)
+        for value in (samples.square().mean(0).sum(), squares.sum())
+    )
+    estimated, exact = gradients
+    assert exact.norm() > 0.1
+    assert (estimated - exact).norm() < 0.03 * exact.norm()
+    torch.manual_seed(3)
+    drawn = flow.sample(torch.Size((5, 2)), x)
+    torch.manual_seed(3)
+    again, log_prob = flow.sample_and_log_prob(torch.Size((5, 2)), x)
+    assert drawn.shape == (5, 2, 4, 3) and log_prob.shape == (5, 2, 4)
+    torch.testing.assert_close(drawn, again)
+
+
 @pytest.mark.parametrize("model", ["maf", "nsf"])
 def test_density_of_the_flow_integrates_to_one(model):
     torch.manual_seed(2)
@@ -166,6 +235,7 @@ def test_density_of_the_flow_integrates_to_one(model):
     assert integral == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_thousand_linear_simulations_are_enough_for_the_flow():
     """The flow starts where sbi's has to get to: it is nearer to the closed form."""
     from sbi_jeffreys import FixedWeights, JeffreysNPE, NoTracker

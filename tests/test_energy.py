@@ -8,10 +8,11 @@ import torch
 from helpers import grid, log_integral
 from sbi.utils import BoxUniform
 from torch import nn
-from torch.distributions import MultivariateNormal
+from torch.distributions import Independent, Laplace, MultivariateNormal
 
 from sbi_jeffreys import ConditionalEnergy, energy_nn
 from sbi_jeffreys.base_measure import LebesgueMeasure, PriorMeasure
+from sbi_jeffreys.features import Features
 
 PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
 
@@ -97,6 +98,7 @@ def test_options_reach_the_network():
         calls.append(len(h))
         return torch.tanh(h)
 
+    assert {m.p for m in build().modules() if isinstance(m, nn.Dropout)} == {0.1}
     proxy = build(hidden_features=12, num_blocks=4, activation=activation, dropout=0.5)
     assert {
         m.in_features for m in proxy.net.blocks.modules() if hasattr(m, "bias")
@@ -111,8 +113,8 @@ def test_options_reach_the_network():
     assert not torch.equal(proxy(theta[None], x), proxy(theta[None], x))
 
 
-@pytest.mark.parametrize("option", ["independent", "structured"])
-def test_z_scoring_makes_units_irrelevant(option):
+@pytest.mark.parametrize("option", ["features", "independent", "structured"])
+def test_units_are_irrelevant(option):
     outputs = []
     for scale, shift in ((1.0, 0.0), (1000.0, 5.0)):
         torch.manual_seed(0)
@@ -121,22 +123,78 @@ def test_z_scoring_makes_units_irrelevant(option):
         prior = BoxUniform(
             -2 * scale * torch.ones(2) + shift, 2 * scale * torch.ones(2) + shift
         )
-        proxy = energy_nn(10, 1, z_score_theta=option, z_score_x=option)(
-            theta, 7 + 100 * scale * x, prior
-        )
+        embedding = {}
+        if option != "features":
+            embedding = {"z_score_x": option, "embedding_net": nn.Linear(3, 4)}
+        proxy = energy_nn(10, 1, **embedding)(theta, 7 + 100 * scale * x, prior)
         randomize(proxy)
         outputs.append(proxy(theta[None], 7 + 100 * scale * x))
+    assert outputs[0].std() > 0.1
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
 
 
-def test_no_z_scoring():
-    proxy = randomize(build(z_score_theta="none", z_score_x="none"))
-    theta, x = simulations(4)
-    features = proxy.net.theta_layer(theta[None]) + proxy.net.x_layer(x)
-    for block in proxy.net.blocks:
-        features = block(features)
-    expected = proxy.net.final_layer(nn.functional.silu(features)).squeeze(-1)
-    torch.testing.assert_close(proxy(theta[None], x), expected)
+@pytest.mark.parametrize("embedding", [nn.Identity(), nn.Linear(3, 4)])
+def test_network_is_its_formula(embedding):
+    theta, x = simulations()
+    proxy = randomize(
+        energy_nn(10, 2, z_score_x="none", embedding_net=embedding)(theta, x, PRIOR)
+    )
+    net = proxy.net
+    # Without an embedding network the condition enters by its features.
+    features = Features(x)(x[:4])
+    embedded = embedding(x[:4]) if isinstance(embedding, nn.Linear) else features
+    z = (theta[:4] - theta.mean(0)) / theta.std(0)
+    prediction = features @ net.coordinates.weight.T + net.coordinates.bias
+    u = torch.linalg.solve(net.coordinates.cholesky, (z - prediction).T).T
+    inputs = 10 * torch.tanh(torch.cat((z, u), 1) / 10)
+    hidden = inputs @ net.theta_layer.weight.T + net.theta_layer.bias
+    hidden = hidden + embedded @ net.x_layer.weight.T
+    for block in net.blocks:
+        hidden = block(hidden)
+    expected = nn.functional.silu(hidden) @ net.final_layer.weight[0]
+    torch.testing.assert_close(
+        proxy(theta[None, :4], x[:4])[0], expected, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_energy_is_bounded_far_away():
+    prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    theta = prior.sample((300,))
+    x = theta + 0.3 * torch.randn(300, 2)
+    proxy = randomize(energy_nn(20, 3)(theta, x, prior))
+    # None along an axis, where one of the inputs would still be small.
+    angles = 0.4 + math.pi / 4 * torch.arange(8)
+    directions = torch.stack((angles.cos(), angles.sin()), 1).unsqueeze(1)
+    with torch.no_grad():
+        near, far, farther = (
+            proxy(distance * directions.expand(-1, 3, -1), x[:3])
+            for distance in (1.0, 1e3, 1e6)
+        )
+    torch.testing.assert_close(far, farther, atol=1e-3, rtol=0)
+    assert (far - near).abs().median() > 0.1  # not flat
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_proxy_is_normalisable_on_exponential_tails(sign):
+    # A network that went on linearly would outgrow these tails.
+    prior = Independent(Laplace(torch.zeros(1), torch.ones(1)), 1)
+    theta = prior.sample((300,))
+    x = theta + torch.randn(300, 1)
+    proxy = randomize(energy_nn(20, 1)(theta, x, prior))
+    with torch.no_grad():
+        proxy.net.final_layer.weight *= 10 * sign
+
+    def log_z(limit):
+        points, cell = grid(-limit, limit, 40 * limit, 1)
+        points = points.float().unsqueeze(1).expand(-1, 3, -1)
+        return log_integral(proxy.log_unnormalized(points, x[:3]), cell)
+
+    with torch.no_grad():
+        # Steeper than the prior within the simulations, on either side or both.
+        points = torch.tensor([-4.0, -3.0, 3.0, 4.0]).reshape(4, 1, 1)
+        f = proxy(points.expand(-1, 3, -1), x[:3])
+        assert torch.stack((f[0] - f[1], f[3] - f[2])).abs().max() > 2
+        torch.testing.assert_close(log_z(300), log_z(1500), atol=1e-3, rtol=0)
 
 
 class CountingEmbedding(nn.Module):
@@ -194,7 +252,7 @@ def test_copies_and_states():
     theta, x = simulations(5)
     clone = copy.deepcopy(proxy)
     assert torch.equal(clone(theta[None], x), proxy(theta[None], x))
-    other = build()
+    other = build().eval()
     assert not torch.equal(other(theta[None], x), proxy(theta[None], x))
     other.load_state_dict(proxy.state_dict())
     assert torch.equal(other(theta[None], x), proxy(theta[None], x))
@@ -213,8 +271,7 @@ def test_two_proxies_of_a_builder_share_nothing():
     ("kwargs", "message"),
     [
         ({"base_measure": "uniform"}, "'prior' or 'lebesgue', got 'uniform'"),
-        ({"z_score_theta": "yes"}, "yes"),
-        ({"z_score_x": "all"}, "all"),
+        ({"z_score_x": "all"}, "z_score_x must be .* got 'all'"),
     ],
 )
 def test_bad_arguments(kwargs, message):

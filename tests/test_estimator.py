@@ -13,23 +13,32 @@ from sbi.utils import BoxUniform
 from torch import nn
 
 from sbi_jeffreys import JeffreysEstimator, energy_nn
+from sbi_jeffreys.residual_flow import build_residual_flow
 
 PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
 
 
-def build(name="maf", seed=0, **kwargs):
+def build(name="maf", seed=0):
     torch.manual_seed(seed)
     theta = PRIOR.sample((200,))
     x = theta + 0.3 * torch.randn(200, 2)
-    flow = posterior_nn(name, hidden_features=10, num_transforms=2, **kwargs)(theta, x)
+    if name == "residual":
+        flow = build_residual_flow("maf", theta, x, PRIOR)
+    else:
+        flow = posterior_nn(name, hidden_features=10, num_transforms=2)(theta, x)
     proxy = energy_nn(hidden_features=10, num_blocks=1)(theta, x, PRIOR)
     nn.init.normal_(proxy.net.final_layer.weight)
     return JeffreysEstimator(flow, proxy).eval()
 
 
-@pytest.fixture(params=["maf", "zuko_nsf"])
-def estimator(request):
-    return build(request.param)
+@pytest.fixture(params=["maf", "zuko_nsf", "residual"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def estimator(name):
+    return build(name)
 
 
 @pytest.fixture
@@ -74,13 +83,13 @@ def test_parameters_are_those_of_both_once(estimator):
     }
 
 
-def test_state_dict_round_trip(estimator, x):
+def test_state_dict_round_trip(estimator, name, x):
     estimator.exponent = 0.3
     file = io.BytesIO()
     torch.save(estimator.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    other = build("maf" if "NFlows" in type(estimator.flow).__name__ else "zuko_nsf", 1)
+    other = build(name, seed=1)
     theta = PRIOR.sample((4, 3))
     assert not torch.equal(other.log_prob(theta, x), estimator.log_prob(theta, x))
     other.load_state_dict(state)

@@ -1,5 +1,7 @@
 """Features of the simulation outputs."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,37 @@ def test_outliers_and_constants_stay_finite():
     outlier = torch.tensor([[1e30, -1e30, 5.0]])
     assert features(outlier).abs().max() <= MAX_SCORE
     assert (features(x)[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("missing", [torch.nan, torch.inf, -torch.inf])
+def test_missing_outputs_are_average(missing):
+    x = torch.randn(300, 2, 2) * 3 + 5
+    holes = x.clone()
+    holes[::3, 0, 1] = missing
+    features = Features(holes)
+    assert features.numel == 8
+    result = features(holes)
+    assert result.isfinite().all()
+    assert (result[::3, 1] == 0).all()
+    # The normal score of the mean: of a normal sample the median is next to it.
+    error = ((math.pi / 2 - 1) / 200) ** 0.5
+    assert result[::3, 5].abs().max() < 4 * error
+    # What is not missing has the scores of the simulations that have it.
+    seen = torch.ones(300, dtype=torch.bool)
+    seen[::3] = False
+    torch.testing.assert_close(
+        result[seen][:, [1, 5]], Features(x[seen])(x[seen])[:, [1, 5]]
+    )
+    # A hole in one output leaves the others be.
+    torch.testing.assert_close(result[:, [0, 2, 3]], Features(x)(x)[:, [0, 2, 3]])
+
+
+def test_an_output_that_is_always_missing():
+    x = torch.cat((torch.randn(300, 1), torch.full((300, 1), torch.nan)), 1)
+    features = Features(x)
+    assert features.numel == 3
+    assert (features(x)[:, 1] == 0).all()
+    assert features(torch.ones(1, 2)).isfinite().all()
 
 
 def test_tied_values_share_a_score():

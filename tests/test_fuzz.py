@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import sbi
 import torch
+from helpers import values_of
 from sbi.inference import NPE
 from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform, MultipleIndependent
@@ -34,6 +35,7 @@ from torch.distributions import (
 
 import sbi_jeffreys
 from sbi_jeffreys import FixedWeights, JeffreysNPE, NoTracker, energy_nn
+from sbi_jeffreys.persistence import PER_TRAINING
 
 NUM_CASES = 1000
 
@@ -187,7 +189,7 @@ def some_case(number):
         "validation_fraction": rng.choice([0.1, 0.1, 0.3, 0.5, 0.9]),
         "learning_rate": rng.choice([5e-4, 5e-3, 5e-3, 0.1, 10.0, 1e6]),
         "clip_max_norm": rng.choice([5.0, 5.0, None]),
-        "max_num_epochs": 1,
+        "max_num_epochs": 2,  # one epoch of every stage
     }
     return prior, theta, x, options, training
 
@@ -235,6 +237,10 @@ def problems_of(inference, case, said):
         if not parameter.isfinite().all()
     ]
     for name, values in inference.summary.items():
+        if name == "stage":
+            continue
+        if name not in PER_TRAINING:
+            values = values_of(inference.summary, name)
         # Fixed weights have no trust.
         fixed = isinstance(inference.weights, FixedWeights)
         finite = all(map(math.isfinite, values)) or (name == "trust" and fixed)

@@ -90,7 +90,7 @@ def test_jeffreys_variants_come_from_one_method():
         for name in ("jeffreys", "jeffreys_refined", "jeffreys_fixed")
     )
     assert refined == {**flow, "posterior": {"sample_with": "refined"}}
-    assert fixed["constructor"] == {"density_estimator": "nsf", "weights": "fixed"}
+    assert fixed["constructor"] == {"weights": "fixed"}
 
 
 def test_posterior_that_cannot_be_built_does_not_cost_the_others(problem):

@@ -31,7 +31,6 @@ def random_proxy(prior, dim, base="prior"):
         theta, x, prior
     )
     torch.nn.init.normal_(proxy.net.final_layer.weight, std=0.7)
-    torch.nn.init.normal_(proxy.net.final_layer.bias)
     return proxy.eval()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from helpers import identical, interrupt_before
 from sbi.inference import simulate_for_sbi
 from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform, RestrictedPrior, process_prior
@@ -25,7 +26,6 @@ from torch import nn
 from torch.distributions import Gamma, MultivariateNormal, Normal
 
 from sbi_jeffreys import (
-    AdaptiveWeights,
     FixedWeights,
     JeffreysNPE,
     NoTracker,
@@ -80,6 +80,13 @@ def train(inference, num_epochs, data=None, seed=1, **kwargs):
     return inference.train(max_num_epochs=num_epochs - 1, **kwargs)
 
 
+def train_until(epoch, inference, num_epochs, data=None, **kwargs):
+    """Train, but be interrupted after some of the epochs."""
+    interrupt_before(inference, epoch)
+    with pytest.warns(UserWarning, match=f"interrupted after {epoch} epochs"):
+        return train(inference, num_epochs, data, **kwargs)
+
+
 def disturb():
     """What another process would have done to the random numbers."""
     torch.manual_seed(77)
@@ -113,7 +120,8 @@ def assert_equal(a, b, path=""):
         for index, pair in enumerate(zip(a, b, strict=True)):
             assert_equal(*pair, f"{path}/{index}")
     elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
+        assert a.dtype == b.dtype, path
+        assert identical(a, b), path
     else:
         assert a == b or (math.isnan(a) and math.isnan(b)), path
 
@@ -129,7 +137,7 @@ def test_a_fitted_estimator_is_loaded(tmp_path):
     loaded = make()
     assert loaded.load(path) is loaded
     assert_equal(outcome(loaded), outcome(inference))
-    assert loaded.summary == inference.summary
+    assert_equal(loaded.summary, inference.summary)
     theta = PRIOR.sample((20,))
     for sample_with in ("direct", "refined"):
         samples, densities = [], []
@@ -191,7 +199,7 @@ def test_pickling_goes_on_as_with_npe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # unpickled trainers log where they are
     whole, inference = make(), make()
     train(whole, 7, simulate())
-    train(inference, 4, simulate())
+    train_until(4, inference, 7, simulate())
     inference = pickle.loads(pickle.dumps(inference))
     inference._show_progress_bars = False
     train(inference, 7, resume_training=True, seed=8)
@@ -318,35 +326,40 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("epochs", [2, 3, 4])
+@pytest.mark.parametrize("epochs", range(1, 9))
 def test_resumed_training_equals_uninterrupted(tmp_path, epochs):
     data = simulate()
     whole, part, loaded = make(), make(), make()
-    train(whole, 8, data)
-    train(part, epochs, data)
+    train(whole, 9, data)
+    train_until(epochs, part, 9, data)
     path = tmp_path / "training.pt"
     part.save(path)
     loaded.load(path)
     disturb()
-    train(loaded, 8, resume_training=True, seed=9)
+    train(loaded, 9, resume_training=True, seed=9)
     assert_equal(outcome(loaded), outcome(whole))
     # As it does in the same process.
-    train(part, 8, resume_training=True, seed=9)
+    train(part, 9, resume_training=True, seed=9)
     assert_equal(outcome(part), outcome(whole))
-    assert len(whole.summary["trust"]) == 8
+    # In the midst of every stage, and at both ends.
+    assert whole.summary["stage"] == ["flow"] * 3 + ["proxy"] * 3 + ["joint"] * 3
     assert whole.summary["trust"][-1] > 0
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("epochs", [5, 7])
 @pytest.mark.parametrize("case", CASES)
-def test_resumed_training_equals_uninterrupted_for(tmp_path, case):
+def test_resumed_training_equals_uninterrupted_for(tmp_path, case, epochs):
     inferences = []
-    for num_epochs in (8, 5):
+    for until in (None, epochs):
         torch.manual_seed(1)  # embedding nets are made by the user
         options = CASES[case]()
         data = simulate(prior=options.get("prior", PRIOR))
         inferences.append(make(**options))
-        train(inferences[-1], num_epochs, data)
+        if until is None:
+            train(inferences[-1], 8, data)
+        else:
+            train_until(until, inferences[-1], 8, data)
     whole, part = inferences
     path = tmp_path / "training.pt"
     part.save(path)
@@ -362,7 +375,7 @@ def test_resumed_training_of_a_loader_with_keywords(tmp_path):
     kwargs = {"dataloader_kwargs": {"num_workers": 0}, "clip_max_norm": None}
     whole, part = make(), make()
     train(whole, 6, data, **kwargs)
-    train(part, 2, data, **kwargs)
+    train_until(4, part, 6, data, **kwargs)
     part.save(tmp_path / "training.pt")
     loaded = make().load(tmp_path / "training.pt")
     train(loaded, 6, resume_training=True, seed=9, **kwargs)
@@ -375,7 +388,7 @@ def test_resumed_training_without_a_prior(tmp_path, append):
     data = simulate()
     whole, part = make(None), make(None)
     train(whole, 6, data)
-    train(part, 2, data)
+    train_until(3, part, 6, data)
     part.save(tmp_path / "training.pt")
     loaded = make(None)
     if append:
@@ -401,7 +414,7 @@ def test_resumed_training_of_a_later_round(tmp_path, options):
     first_round(whole)
     train(whole, 7, **options)
     first_round(part)
-    train(part, 4, **options)
+    train_until(4, part, 7, **options)
     part.save(tmp_path / "training.pt")
     loaded = make().load(tmp_path / "training.pt")
     options = {"discard_prior_samples": options.get("discard_prior_samples", False)}
@@ -420,6 +433,7 @@ def test_a_training_that_had_converged_is_not_changed(tmp_path):
     train(inference, 100, simulate(), stop_after_epochs=2, learning_rate=5e-2)
     before = outcome(inference)
     assert len(before["summary"]["trust"]) < 60
+    assert before["summary"]["stage"][-1] == "joint"
     inference.save(tmp_path / "fit.pt")
     loaded = make().load(tmp_path / "fit.pt")
     train(loaded, 100, resume_training=True, stop_after_epochs=2)
@@ -504,26 +518,27 @@ def test_a_killed_process_is_gone_on_with(tmp_path):
     assert_equal(outcome(make().load(path)), outcome(expected))
 
 
-def test_an_unfinished_training_gives_its_best_networks(tmp_path, monkeypatch):
-    # What a process that is killed after epoch five leaves behind.
+@pytest.mark.parametrize("num_epochs", [2, 5, 8])
+def test_an_unfinished_training_gives_its_best_networks(
+    tmp_path, monkeypatch, num_epochs
+):
+    # What a process that is killed after so many epochs leaves behind.
     monkeypatch.setattr(persistence, "CHECKPOINT_TIME_SHARE", 1e9)
     path, kept = tmp_path / "training.pt", tmp_path / "kept.pt"
+    inference = make()
+    train_epoch = inference._train_epoch
 
-    class Copying(AdaptiveWeights):
-        epoch = 0
+    def copying(*args):
+        if inference.epoch == num_epochs:
+            kept.write_bytes(path.read_bytes())
+        return train_epoch(*args)
 
-        def update(self, validation):
-            self.epoch += 1
-            if self.epoch == 6:
-                kept.write_bytes(path.read_bytes())
-            super().update(validation)
-
-    inference = make(weights=Copying())
+    inference._train_epoch = copying
     train(inference, 10, simulate(), learning_rate=2e-2, checkpoint=path)
-    loaded = make(weights=Copying()).load(kept)
+    loaded = make().load(kept)
     expected = make()
-    train(expected, 5, simulate(), learning_rate=2e-2)
-    assert len(loaded.summary["trust"]) == 5
+    train_until(num_epochs, expected, 10, simulate(), learning_rate=2e-2)
+    assert len(loaded.summary["trust"]) == num_epochs
     assert torch.equal(
         nn.utils.parameters_to_vector(loaded._neural_net.parameters()),
         nn.utils.parameters_to_vector(expected._neural_net.parameters()),
@@ -532,7 +547,7 @@ def test_an_unfinished_training_gives_its_best_networks(tmp_path, monkeypatch):
     assert loaded._neural_net.exponent == pytest.approx(
         expected._neural_net.exponent, abs=0.2
     )
-    assert_equal(outcome(make(weights=Copying()).load(path)), outcome(inference))
+    assert_equal(outcome(make().load(path)), outcome(inference))
 
 
 def test_checkpoints_take_little_time(tmp_path, monkeypatch):

@@ -55,6 +55,7 @@ def train_gaussians(shift=0.0):
     )
     inference.append_simulations(*simulate(200))
     inference.train(learning_rate=1e-12, max_num_epochs=1)
+    torch.manual_seed(1)  # whatever training has drawn
     return inference
 
 
@@ -102,7 +103,7 @@ def test_sbc(sample_with, shift, passes):
 
 @CASES
 def test_tarp(sample_with, shift, passes):
-    theta, x = simulate(1000)
+    theta, x = simulate(3000)
     ecp, alpha = run_tarp(
         theta,
         x,
@@ -111,7 +112,8 @@ def test_tarp(sample_with, shift, passes):
         show_progress_bar=False,
     )
     error = (ecp - alpha).abs().max().item()
-    assert (error < 0.055) if passes else (error > 0.055)
+    # Of the exact posterior 0.02 to 0.03, of the other 0.05 to 0.08.
+    assert (error < 0.04) if passes else (error > 0.045)
     _, p_value = check_tarp(ecp, alpha)
     assert p_value > 0.05 or not passes
 

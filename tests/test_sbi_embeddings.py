@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import assert_epochs_are_finite
 from sbi.inference import NPE
 from sbi.neural_nets import posterior_nn
 from sbi.neural_nets.embedding_nets import (
@@ -128,7 +129,7 @@ def train(theta, x, flow_embedding=None, energy_embedding=None, prior=PRIOR, **k
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inference.append_simulations(theta, x).train(**{
-            "max_num_epochs": 15,
+            "max_num_epochs": 24,
             "learning_rate": 5e-3,
             "training_batch_size": 100,
             **kwargs,
@@ -200,7 +201,7 @@ def test_x_of_any_shape(shape):
 @pytest.mark.parametrize("flow", ["maf", "nsf", "zuko_maf"])
 def test_one_parameter(flow):
     prior = MultivariateNormal(torch.zeros(1), torch.eye(1))
-    theta = prior.sample((400,))
+    theta = prior.sample((1000,))
     inference = JeffreysNPE(
         prior,
         posterior_nn(flow, hidden_features=20, num_transforms=2),
@@ -208,9 +209,9 @@ def test_one_parameter(flow):
         show_progress_bars=False,
         energy_estimator=energy_nn(20, 1),
     )
-    x = theta + 0.5 * torch.randn(400, 1)
+    x = theta + 0.5 * torch.randn(1000, 1)
     inference.append_simulations(theta, x)
-    inference.train(max_num_epochs=20, learning_rate=1e-2, training_batch_size=100)
+    inference.train(max_num_epochs=40, learning_rate=1e-2, training_batch_size=100)
     for sample_with in ("direct", "refined"):
         posterior = inference.build_posterior(sample_with=sample_with)
         samples = posterior.sample(
@@ -246,8 +247,7 @@ def test_a_hundred_parameters():
             losses[cls] = estimator.loss(theta_o, x_o).mean().item()
     # In nats, of 141. Of 500 simulations neither learns much of a hundred parameters.
     assert losses[JeffreysNPE] < losses[NPE] + 3
-    for name, values in inference.summary.items():
-        assert torch.tensor(values).isfinite().all(), name
+    assert_epochs_are_finite(inference.summary)
     for sample_with in ("direct", "refined"):
         posterior = inference.build_posterior(sample_with=sample_with)
         samples = posterior.sample_batched((20,), x_o[:5], show_progress_bars=False)

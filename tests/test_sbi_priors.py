@@ -6,6 +6,7 @@ import warnings
 import pytest
 import scipy.stats
 import torch
+from helpers import assert_epochs_are_finite
 from sbi.inference import NPE, MCMCPosterior
 from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform, MultipleIndependent, RestrictedPrior, process_prior
@@ -173,8 +174,7 @@ def test_from_training_to_posterior(name, capsys):
         inference = train(prior, theta, x)
     # sbi's RestrictedPrior reports every drawing; training draws hundreds of times.
     assert capsys.readouterr().out.count("rejected") <= 2
-    for metric, values in inference.summary.items():
-        assert torch.tensor(values).isfinite().all(), metric
+    assert_epochs_are_finite(inference.summary)
     estimator = inference._neural_net
     assert isinstance(estimator.proxy.base, PriorMeasure)
     low, high = torch.tensor(bounds, dtype=torch.float32).T

@@ -9,7 +9,14 @@ import warnings
 
 import pytest
 import torch
-from helpers import LinearGaussianFlow, QuadraticEnergy, gaussian_proxy
+from helpers import (
+    LinearGaussianFlow,
+    QuadraticEnergy,
+    gaussian_proxy,
+    interrupt_before,
+    steps_and_values,
+    values_of,
+)
 from sbi.inference import NPE, DirectPosterior, MCMCPosterior, simulate_for_sbi
 from sbi.neural_nets import posterior_nn
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
@@ -229,7 +236,7 @@ def test_units_of_theta_change_no_dual_variable():
             learning_rate=2e-3,
             training_batch_size=50,
         )
-        summary = {k: torch.tensor(v) for k, v in inference.summary.items()}
+        summary = {k: torch.tensor(inference.summary[k]) for k in METRICS}
         duals.append(torch.stack([summary[f"dual_{name}"] for name in names]))
         # The density of two parameters, each a thousand times as wide.
         constant = 2 * math.log(scale)
@@ -244,7 +251,12 @@ def test_units_of_theta_change_no_dual_variable():
     assert (duals[0][:, -1] - 1).abs().max() > 0.01  # they moved
     # All is z-scored: what differs is the rounding of theta, not the random numbers.
     torch.testing.assert_close(duals[1], duals[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(metrics[1], metrics[0], rtol=1e-3, atol=1e-3)
+    joint = metrics[0][:, -3:]
+    assert inference.summary["stage"][-3:] == ["joint"] * 3
+    assert joint.isfinite().all()
+    torch.testing.assert_close(
+        metrics[1], metrics[0], rtol=1e-3, atol=1e-3, equal_nan=True
+    )
 
 
 # ---------------------------------------------------------------------------- records
@@ -265,18 +277,23 @@ class Recorder(NoTracker):
 def test_summary_and_tracker_carry_every_epoch():
     tracker = Recorder()
     inference = make(tracker=tracker)
-    train(inference, max_num_epochs=4)
+    train(inference, max_num_epochs=6)
     summary = inference.summary
-    assert summary["epochs_trained"] == [5]  # sbi's budget is one short
+    assert summary["epochs_trained"] == [7]  # sbi's budget is one short
+    assert summary["stage"] == ["flow"] * 2 + ["proxy"] * 2 + ["joint"] * 3
     for name in PER_EPOCH:
-        values = summary[name]
-        assert len(values) == 5, name
-        assert all(isinstance(value, float) for value in values), name
+        assert len(summary[name]) == 7, name
+        assert all(isinstance(value, float) for value in summary[name]), name
+        values = values_of(summary, name)
+        assert len(values) >= 5, name
         assert all(math.isfinite(value) for value in values), name
-        assert tracker.metrics[name] == list(enumerate(values)), name
-    assert tracker.metrics["epochs_trained"] == [(1, 5)]
+        if name in METRICS:  # sbi logs its own, whatever they are
+            assert tracker.metrics[name] == steps_and_values(summary, name), name
+        else:
+            assert len(tracker.metrics[name]) == 7, name
+    assert tracker.metrics["epochs_trained"] == [(1, 7)]
     assert tracker.flushed
-    assert all(ess >= 1 for ess in summary["effective_sample_size"])
+    assert all(ess >= 1 for ess in values_of(summary, "effective_sample_size"))
     assert all(0 <= trust <= 1 for trust in summary["trust"])
     assert summary["best_validation_loss"] == [min(summary["validation_loss"])]
     assert summary["dual_reverse_kl"][-1] == pytest.approx(
@@ -309,7 +326,7 @@ def test_the_best_networks_are_returned():
             theta[index][None], x[index]
         )
     # Of the proxy the same, up to the error of log Z in training.
-    proxy_losses = inference.summary["validation_proxy_forward_kl"]
+    proxy_losses = values_of(inference.summary, "validation_proxy_forward_kl")
     assert proxy_loss.mean().item() < min(proxy_losses) + 0.3
     assert max(proxy_losses) > min(proxy_losses) + 0.5
     assert not estimator.training
@@ -325,10 +342,27 @@ def test_training_stops_when_neither_model_improves():
         learning_rate=3e-2,
         stop_after_epochs=3,
     )
-    num_epochs = inference.summary["epochs_trained"][0]
-    assert num_epochs < 200
-    for name in ("validation_loss", "validation_proxy_forward_kl"):
-        assert min(inference.summary[name][-3:]) >= min(inference.summary[name])
+    summary = inference.summary
+    assert summary["epochs_trained"][0] < 200
+    stages = summary["stage"]
+    ends = {stage: len(stages) - stages[::-1].index(stage) for stage in set(stages)}
+    assert stages == sorted(stages, key=["flow", "proxy", "joint"].index)
+    flow, proxy = (
+        dict(steps_and_values(summary, name))
+        for name in ("validation_loss", "validation_proxy_forward_kl")
+    )
+
+    def last_improvement(losses, end):
+        past = {epoch: loss for epoch, loss in losses.items() if epoch < end}
+        return min(past, key=lambda epoch: past[epoch])
+
+    # Three epochs without an improvement end a stage, and no fewer.
+    assert last_improvement(flow, ends["flow"]) == ends["flow"] - 4
+    assert last_improvement(proxy, ends["proxy"]) == ends["proxy"] - 4
+    latest = max(
+        ends["proxy"] - 1, *(last_improvement(m, ends["joint"]) for m in (flow, proxy))
+    )
+    assert latest == ends["joint"] - 4
 
 
 def test_a_bad_validation_epoch_does_not_cost_the_best_network():
@@ -378,12 +412,18 @@ def test_resumed_training_goes_on():
     summary = inference.summary
     assert torch.equal(inference.train_indices, split)
     assert summary["epochs_trained"] == [4, 8]  # as sbi counts
+    # The stages stay those of the first training.
+    assert summary["stage"] == ["flow", "proxy"] + ["joint"] * 6
     for name in PER_EPOCH:
         assert len(summary[name]) == 8, name
-        assert [step for step, _ in tracker.metrics[name]] == list(range(8)), name
+        steps = [step for step, _ in tracker.metrics[name]]
+        if name in METRICS:
+            assert steps == [step for step, _ in steps_and_values(summary, name)], name
+        else:
+            assert steps == list(range(8)), name
     assert summary["best_validation_loss"][1] <= best
     assert summary["best_validation_loss"][1] == min(summary["validation_loss"])
-    assert inference.weights.updates == 8  # the duals go on, too
+    assert inference.weights.updates == 6  # the duals go on, too
     assert isinstance(estimator, JeffreysEstimator)
 
 
@@ -415,13 +455,19 @@ def test_every_divergence_trains_what_it_should():
         return parameters(getattr(estimator, part))
 
     flow, proxy = initial("flow"), initial("proxy")
-    for weights, moves in (
-        ((1, 0, 0), {"flow"}),
-        ((0, 0, 1), {"proxy"}),
-        ((0, 1, 1), {"flow", "proxy"}),
+    for weights, moves, num_epochs in (
+        ((1, 0, 0), {"flow"}, 15),
+        ((0, 0, 1), {"proxy"}, 15),
+        # The divergence is that of the flow of twenty epochs ago.
+        ((0, 1, 1), {"flow", "proxy"}, 69),
     ):
         inference = make(weights=FixedWeights(weights))
-        estimator = train(inference, max_num_epochs=15, learning_rate=1e-2)
+        estimator = train(
+            inference,
+            max_num_epochs=num_epochs,
+            learning_rate=1e-2,
+            stop_after_epochs=100,
+        )
         moved = {
             name
             for name, start in (("flow", flow), ("proxy", proxy))
@@ -431,9 +477,9 @@ def test_every_divergence_trains_what_it_should():
         summary = inference.summary
         if weights == (0, 0, 1):
             # From the prior's 2.8 towards the posterior's entropy of about 1.4.
-            assert min(summary["validation_proxy_forward_kl"]) < 2.6
+            assert min(values_of(summary, "validation_proxy_forward_kl")) < 2.6
         if weights[1]:
-            fall = summary["training_reverse_kl"]
+            fall = values_of(summary, "training_reverse_kl")
             assert fall[-1] < 0.5 * fall[0]
 
 
@@ -476,11 +522,12 @@ def test_metrics_of_closed_forms(shift, dataloader_kwargs):
     for part, index in parts.items():
         for name, values in expected.items():
             # Sixteen samples for log Z leave a bias of some hundredths.
-            for value in inference.summary[f"{part}_{name}"]:
+            for value in values_of(inference.summary, f"{part}_{name}"):
                 assert value == pytest.approx(values[index].mean().item(), abs=0.15), (
                     f"{part}_{name}"
                 )
-    for value in inference.summary["log_partition"]:
+    assert inference.summary["stage"] == ["flow", "proxy", "joint", "joint"]
+    for value in values_of(inference.summary, "log_partition"):
         assert value == pytest.approx(math.log(2 * math.pi / 4), abs=0.15)
 
 
@@ -503,28 +550,33 @@ def test_trust_follows_the_better_model():
         (0.0, 0.5, 0, 0.05),
         (0.5, 0.0, 0.8, 1),
     ):
-        inference, _ = train_closed_forms(flow_shift, energy_shift, max_num_epochs=15)
+        inference, _ = train_closed_forms(flow_shift, energy_shift, max_num_epochs=45)
         assert low <= inference.weights.trust <= high
 
 
 def test_calibration_kernel_weighs_all_divergences():
-    # In the first epoch, of one batch, both see the same networks and samples.
+    # Both see the same samples, and the same networks, which stand still.
     summaries = []
     for weight in (1.0, 2.5):
         inference = make()
         train(
             inference,
             training_batch_size=1000,
-            max_num_epochs=1,
+            max_num_epochs=2,
+            learning_rate=1e-12,
             calibration_kernel=lambda x, weight=weight: torch.full((len(x),), weight),
         )
         summaries.append(inference.summary)
     for part in ("training", "validation"):
         for name in ("forward_kl", "reverse_kl", "proxy_forward_kl"):
-            once, weighted = (summary[f"{part}_{name}"][0] for summary in summaries)
-            # One step of the optimiser precedes validation.
-            rel = 1e-5 if part == "training" else 1e-2
-            assert weighted == pytest.approx(2.5 * once, rel=rel), f"{part}_{name}"
+            once, weighted = (
+                torch.tensor(values_of(summary, f"{part}_{name}"))
+                for summary in summaries
+            )
+            assert len(once) >= 2
+            torch.testing.assert_close(
+                weighted, 2.5 * once, rtol=1e-4, atol=1e-4, msg=f"{part}_{name}"
+            )
 
 
 def test_dataloader_keywords_are_used():
@@ -563,31 +615,23 @@ def test_weights_of_the_users_are_copied():
     assert isinstance(inference.weights.h, QuadraticRelaxation)
 
 
-class InterruptingWeights(AdaptiveWeights):
-    """Ctrl-C in the fourth epoch."""
-
-    epochs = 0
-
-    def update(self, validation):
-        # Of the class: what is the object's goes back with the interrupted epoch.
-        type(self).epochs += 1
-        if self.epochs == 4:
-            raise KeyboardInterrupt
-        super().update(validation)
-
-
-def test_ctrl_c_keeps_the_best_network(monkeypatch):
-    monkeypatch.setattr(InterruptingWeights, "epochs", 0)
+@pytest.mark.parametrize("num_epochs", [3, 8, 17])
+def test_ctrl_c_keeps_the_best_network(num_epochs):
     tracker = Recorder()
-    inference = make(weights=InterruptingWeights(), tracker=tracker)
-    with pytest.warns(UserWarning, match="interrupted after 3 epochs") as caught:
+    inference = make(tracker=tracker)
+    interrupt_before(inference, num_epochs)
+    said = f"interrupted after {num_epochs} epochs"
+    with pytest.warns(UserWarning, match=said) as caught:
         estimator = train(inference, max_num_epochs=20)
+    # In each of the stages once.
+    stages = ["flow"] * 7 + ["proxy"] * 7 + ["joint"] * 7
+    assert inference.summary["stage"] == stages[:num_epochs]
     assert any("resume_training=True" in str(w.message) for w in caught)
     summary = inference.summary
-    assert summary["epochs_trained"] == [3]
-    for name in PER_EPOCH:
-        assert len(summary[name]) == 3, name
-        assert len(tracker.metrics[name]) == 3, name
+    assert summary["epochs_trained"] == [num_epochs]
+    for name in METRICS:
+        values = steps_and_values(summary, name)
+        assert tracker.metrics.get(name, []) == values, name
     theta, x = simulate(300)
     index = inference.val_indices
     with torch.no_grad():
@@ -597,20 +641,16 @@ def test_ctrl_c_keeps_the_best_network(monkeypatch):
     posterior = inference.build_posterior().set_default_x(torch.zeros(1, 2))
     assert posterior.sample((5,), show_progress_bars=False).shape == (5, 2)
     # And training goes on from there.
-    inference.train(resume_training=True, max_num_epochs=6)
-    assert len(summary["validation_loss"]) > 3
-    assert {len(summary[name]) for name in PER_EPOCH} == {
-        len(summary["validation_loss"])
-    }
+    inference.train(resume_training=True, max_num_epochs=20)
+    assert summary["stage"] == stages
+    assert {len(summary[name]) for name in PER_EPOCH} == {21}
 
 
 def test_ctrl_c_before_the_first_epoch_is_passed_on():
-    class Early(AdaptiveWeights):
-        def update(self, validation):
-            raise KeyboardInterrupt
-
+    inference = make()
+    interrupt_before(inference, 0)
     with pytest.raises(KeyboardInterrupt):
-        train(make(weights=Early()))
+        train(inference)
 
 
 # ----------------------------------------------------------------------------- rounds
@@ -639,7 +679,8 @@ def test_two_rounds_with_a_proposal(sample_with, options, capsys):
     assert summary["epochs_trained"] == [11, 16]
     for name in PER_EPOCH:
         assert len(summary[name]) == 27, name
-        assert all(math.isfinite(value) for value in summary[name]), name
+        assert all(map(math.isfinite, values_of(summary, name))), name
+    assert summary["stage"][11:] == ["joint"] * 16
     for method in ("direct", "refined"):
         posterior = inference.build_posterior(estimator, sample_with=method)
         samples = posterior.sample((500,), x=x_o, show_progress_bars=False)
@@ -789,10 +830,10 @@ def test_embedding_of_images_shared_or_not(shared):
     ids = [{id(p) for p in m.parameters()} for m in (estimator.flow, estimator.proxy)]
     assert len(ids[0] & ids[1]) == (2 if shared else 0)
     summary = inference.summary
-    flow_best, proxy_best = (
-        summary[name].index(min(summary[name]))
-        for name in ("validation_loss", "validation_proxy_forward_kl")
-    )
+    flow_losses = summary["validation_loss"]
+    proxy_losses = dict(steps_and_values(summary, "validation_proxy_forward_kl"))
+    flow_best = flow_losses.index(min(flow_losses))
+    proxy_best = min(proxy_losses, key=lambda epoch: proxy_losses[epoch])
     assert flow_best != proxy_best
     # What is returned is the network that was best, not a mixture of two epochs.
     index = inference.val_indices
@@ -802,10 +843,17 @@ def test_embedding_of_images_shared_or_not(shared):
         f = estimator.proxy.log_unnormalized(theta[index][None], x[index])
         proxy_loss = (log_z.debiased - f).mean().item()
     assert loss == pytest.approx(min(summary["validation_loss"]), abs=1e-4)
-    kept = flow_best if shared else proxy_best
-    assert proxy_loss == pytest.approx(
-        summary["validation_proxy_forward_kl"][kept], abs=0.6
-    )
+    kept = proxy_best
+    if shared:
+        # The proxy that goes with the flow: of the same epoch, or of those in which
+        # that flow and the embedding stood still.
+        at_rest = [i for i, stage in enumerate(summary["stage"]) if stage == "proxy"]
+        kept = (
+            flow_best
+            if summary["stage"][flow_best] == "joint"
+            else min(at_rest, key=lambda epoch: proxy_losses[epoch])
+        )
+    assert proxy_loss == pytest.approx(proxy_losses[kept], abs=0.6)
     for sample_with in ("direct", "refined"):
         posterior = inference.build_posterior(sample_with=sample_with)
         samples = posterior.sample((20,), x=x[:1], show_progress_bars=False)
