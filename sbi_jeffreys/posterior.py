@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_jeffreys.estimator import JeffreysEstimator
+from sbi_jeffreys.moves import metropolis_moves
 from sbi_jeffreys.partition import LogPartition, from_log_weights
 from sbi_jeffreys.refinement import sample_with_log_ratio, temper
 
@@ -177,7 +178,8 @@ class RefinedPosterior(NeuralPosterior):
     `sbi_jeffreys.refinement`: at 0 this is the flow, at 1 the proxy.
 
     Samples come from sampling importance resampling. How many independent samples
-    the weights are worth is told by `effective_sample_size`.
+    the weights are worth is told by `effective_sample_size`; where that is fewer than
+    are asked for, Metropolis moves spread the repeated ones, see `sbi_jeffreys.moves`.
 
     Args:
         estimator: What `JeffreysNPE.train` returned.
@@ -185,12 +187,15 @@ class RefinedPosterior(NeuralPosterior):
         exponent: The exponent $\beta$; that of the estimator if not given.
         oversampling_factor: Number of samples drawn from the flow for each one kept;
             `min_num_candidates` in all at least.
+        num_moves: Number of Metropolis moves of every sample where resampling repeats
+            samples; 0 for none.
         max_sampling_batch_size: Number of samples of the flow drawn at a time.
         device: Device of the estimator, found out if not given.
 
     Raises:
         TypeError: If `estimator` is not a `JeffreysEstimator`.
-        ValueError: If `exponent` is not in [0, 1] or `oversampling_factor` below 1.
+        ValueError: If `exponent` is not in [0, 1], `oversampling_factor` below 1 or
+            `num_moves` below 0.
     """
 
     #: Below this share of the samples the weights are said to have collapsed.
@@ -205,6 +210,7 @@ class RefinedPosterior(NeuralPosterior):
         prior: Distribution,
         exponent: Optional[float] = None,
         oversampling_factor: int = 4,
+        num_moves: int = 20,
         max_sampling_batch_size: int = 10_000,
         device: Optional[Union[str, torch.device]] = None,
     ) -> None:
@@ -216,6 +222,8 @@ class RefinedPosterior(NeuralPosterior):
             raise ValueError(
                 f"oversampling_factor must be at least 1, got {oversampling_factor}."
             )
+        if num_moves < 0:
+            raise ValueError(f"num_moves must not be negative, got {num_moves}.")
         if device is None:
             device = infer_module_device(estimator, fallback="cpu")
         estimator.eval()
@@ -228,6 +236,7 @@ class RefinedPosterior(NeuralPosterior):
         self.prior = prior
         self.exponent = exponent
         self.oversampling_factor = oversampling_factor
+        self.num_moves = num_moves
         self.max_sampling_batch_size = max_sampling_batch_size
         self._normalisation: Optional[Tuple[Tensor, int, Tensor]] = None
         self._purpose = (
@@ -247,6 +256,7 @@ class RefinedPosterior(NeuralPosterior):
             move_distribution_to_device(self.prior, device),
             self.exponent,
             self.oversampling_factor,
+            self.num_moves,
             self.max_sampling_batch_size,
             device,
         )
@@ -409,7 +419,20 @@ class RefinedPosterior(NeuralPosterior):
         chosen = systematic_resampling(log_weights, num_samples)
         index = chosen.unsqueeze(-1).expand(*chosen.shape, theta.shape[-1])
         samples = theta.gather(0, index)
+        if (ess < num_samples).any():
+            samples = metropolis_moves(
+                lambda points: self._log_density(points, x), samples, self.num_moves
+            )
         return samples.reshape(*sample_shape, len(x), *theta.shape[2:])
+
+    @torch.no_grad()
+    def _log_density(self, theta: Tensor, x: Tensor) -> Tensor:
+        """Return the unnormalised log density, `(num_samples, batch_dim)`."""
+        inside = within_support(self.prior, theta.flatten(0, 1)).reshape(
+            theta.shape[:2]
+        )
+        log_density = self.potential_fn._log_density(theta, x)  # type: ignore[attr-defined]
+        return log_density.masked_fill(~inside, -torch.inf)
 
 
 def systematic_resampling(log_weights: Tensor, num_samples: int) -> Tensor:
