@@ -81,13 +81,15 @@ CASES = pytest.mark.parametrize(
 
 @CASES
 def test_sbc(sample_with, shift, passes):
-    theta, x = simulate(150)
     posterior = build(shift, sample_with)
+    # One in a hundred p-values of the exact posterior is below 0.01, too.
+    torch.manual_seed(1)
+    theta, x = simulate(400)
     for reduce_fns in ("marginals", posterior.log_prob):
         if reduce_fns != "marginals":
             if not passes:
                 continue  # levels see less of a shift than marginals do
-            theta, x = theta[:40], x[:40]  # a normalisation for every x
+            theta, x = theta[:80], x[:80]  # a normalisation for every x
         ranks, dap = run_sbc(
             theta,
             x,
