@@ -7,7 +7,7 @@ from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from torch import Tensor, nn
 
 from sbi_jeffreys.energy import ConditionalEnergy
-from sbi_jeffreys.flow import rsample_and_log_prob
+from sbi_jeffreys.flow import sample_and_log_prob
 
 
 class JeffreysEstimator(ConditionalDensityEstimator):
@@ -91,9 +91,4 @@ class JeffreysEstimator(ConditionalDensityEstimator):
             Samples of shape `(*sample_shape, batch_dim, *input_shape)` and their log
             densities of shape `(*sample_shape, batch_dim)`.
         """
-        shape = torch.Size(sample_shape)
-        theta, log_prob = rsample_and_log_prob(self.flow, shape.numel(), condition)
-        return (
-            theta.reshape(*shape, *theta.shape[1:]),
-            log_prob.reshape(*shape, log_prob.shape[1]),
-        )
+        return sample_and_log_prob(self.flow, sample_shape, condition)

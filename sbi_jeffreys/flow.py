@@ -39,6 +39,28 @@ def rsample_and_log_prob(
     return flow.sample_and_log_prob(torch.Size((num_samples,)), x)
 
 
+def sample_and_log_prob(
+    flow: ConditionalDensityEstimator, sample_shape: torch.Size, x: Tensor
+) -> Tuple[Tensor, Tensor]:
+    r"""Return what `rsample_and_log_prob` does, with samples of any shape.
+
+    Args:
+        flow: Conditional flow.
+        sample_shape: Shape of the samples.
+        x: Conditions of shape `(batch_dim, *condition_shape)`.
+
+    Returns:
+        Samples of shape `(*sample_shape, batch_dim, *input_shape)` and their log
+        densities of shape `(*sample_shape, batch_dim)`.
+    """
+    shape = torch.Size(sample_shape)
+    theta, log_prob = rsample_and_log_prob(flow, shape.numel(), x)
+    return (
+        theta.reshape(*shape, *theta.shape[1:]),
+        log_prob.reshape(*shape, log_prob.shape[1]),
+    )
+
+
 def score(flow: ConditionalDensityEstimator, theta: Tensor, x: Tensor) -> Tensor:
     r"""Return the score $\nabla_\theta \log p_\phi(\theta \mid x)$ with $\phi$ frozen.
 

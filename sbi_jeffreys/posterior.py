@@ -374,9 +374,7 @@ class RefinedPosterior(NeuralPosterior):
                 estimator.flow, estimator.proxy, num, x
             )
             # The proxy on the Lebesgue measure may lie beyond the prior.
-            inside = within_support(self.prior, theta.flatten(0, 1)).reshape(
-                log_w.shape
-            )
+            inside = self._is_inside(theta)
             thetas.append(theta)
             log_weights.append(
                 temper(log_w.masked_fill(~inside, -torch.inf), self.exponent)
@@ -428,11 +426,13 @@ class RefinedPosterior(NeuralPosterior):
     @torch.no_grad()
     def _log_density(self, theta: Tensor, x: Tensor) -> Tensor:
         """Return the unnormalised log density, `(num_samples, batch_dim)`."""
-        inside = within_support(self.prior, theta.flatten(0, 1)).reshape(
-            theta.shape[:2]
-        )
         log_density = self.potential_fn._log_density(theta, x)  # type: ignore[attr-defined]
-        return log_density.masked_fill(~inside, -torch.inf)
+        return log_density.masked_fill(~self._is_inside(theta), -torch.inf)
+
+    def _is_inside(self, theta: Tensor) -> Tensor:
+        """Return whether parameters are the prior's, `(num_samples, batch_dim)`."""
+        inside = within_support(self.prior, theta.flatten(0, 1))
+        return inside.reshape(theta.shape[:2])
 
 
 def systematic_resampling(log_weights: Tensor, num_samples: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys.coordinates import ResidualCoordinates
 from sbi_jeffreys.features import Features
-from sbi_jeffreys.flow import rsample_and_log_prob
+from sbi_jeffreys.flow import sample_and_log_prob
 
 
 class ResidualFlow(ConditionalDensityEstimator):
@@ -95,15 +95,10 @@ class ResidualFlow(ConditionalDensityEstimator):
             Samples of shape `(*sample_shape, batch_dim, *input_shape)` and their log
             densities of shape `(*sample_shape, batch_dim)`.
         """
-        shape = torch.Size(sample_shape)
         features = self.features(condition)
-        u, log_prob = rsample_and_log_prob(self.flow, shape.numel(), features)
+        u, log_prob = sample_and_log_prob(self.flow, sample_shape, features)
         theta = self.coordinates.inverse(u, features)
-        log_prob = log_prob + self.coordinates.log_abs_det(theta)
-        return (
-            theta.reshape(*shape, *theta.shape[1:]),
-            log_prob.reshape(*shape, log_prob.shape[1]),
-        )
+        return theta, log_prob + self.coordinates.log_abs_det(theta)
 
 
 def build_residual_flow(

@@ -732,24 +732,33 @@ class JeffreysNPE(NPE):
         self, batch: Sequence[Tensor], loader: DataLoader, loss_args: Optional[LossArgs]
     ) -> Divergences:
         """Return the divergences that the models lower which learn in this stage."""
-        divergences = Divergences()
+        forward_kl = None
         if self._stage.trains_flow:
-            divergences.forward_kl = self._forward_kl(batch, loss_args)
+            forward_kl = self._forward_kl(batch, loss_args)
+        divergences = Divergences()
         if self._stage.trains_proxy:
-            proxy = self._estimator.proxy
-            theta, x = batch[0].to(self._device), batch[1].to(self._device)
-            (
-                divergences.reverse_kl,
-                divergences.proxy_forward_kl,
-                divergences.log_partition,
-            ) = self.objective.proxy_divergences(
-                proxy, theta, x, self._proposals_at(batch, loader)
-            )
-            if self._has_atomic_loss(loss_args):
-                divergences.proxy_forward_kl = atomic_proxy_loss(
-                    proxy, self._prior, theta, x, self._num_atoms
-                )
+            proposals = self._proposals_at(batch, loader)
+            divergences = self._proxy_divergences(batch, proposals, loss_args)
+        divergences.forward_kl = forward_kl
         return divergences
+
+    def _proxy_divergences(
+        self,
+        batch: Sequence[Tensor],
+        proposals: Proposals,
+        loss_args: Optional[LossArgs],
+    ) -> Divergences:
+        """Return the divergences of a batch that the proxy lowers."""
+        proxy = self._estimator.proxy
+        theta, x = batch[0].to(self._device), batch[1].to(self._device)
+        reverse_kl, proxy_forward_kl, log_partition = self.objective.proxy_divergences(
+            proxy, theta, x, proposals
+        )
+        if self._has_atomic_loss(loss_args):
+            proxy_forward_kl = atomic_proxy_loss(
+                proxy, self._prior, theta, x, self._num_atoms
+            )
+        return Divergences(None, reverse_kl, proxy_forward_kl, log_partition)
 
     def _forward_kl(
         self, batch: Sequence[Tensor], loss_args: Optional[LossArgs]
@@ -895,19 +904,16 @@ class JeffreysNPE(NPE):
         self, batch: Sequence[Tensor], loader: DataLoader, loss_args: Optional[LossArgs]
     ) -> Divergences:
         """Return the divergences of the proxy on a batch of validation simulations."""
-        estimator = self._estimator
-        theta, x = batch[0].to(self._device), batch[1].to(self._device)
-        reverse_kl, proxy_forward_kl, log_partition = self.objective.proxy_divergences(
-            estimator.proxy, theta, x, self._proposals_at(batch, loader, validate=True)
-        )
-        proxy_forward_kl = (
-            proxy_forward_kl + log_partition.debiased - log_partition.value
-        )
-        if self._has_atomic_loss(loss_args):
-            proxy_forward_kl = atomic_proxy_loss(
-                estimator.proxy, self._prior, theta, x, self._num_atoms
+        proposals = self._proposals_at(batch, loader, validate=True)
+        divergences = self._proxy_divergences(batch, proposals, loss_args)
+        forward_kl = divergences.proxy_forward_kl
+        log_partition = divergences.log_partition
+        if not self._has_atomic_loss(loss_args):
+            assert forward_kl is not None and log_partition is not None
+            divergences.proxy_forward_kl = (
+                forward_kl + log_partition.debiased - log_partition.value
             )
-        return Divergences(None, reverse_kl, proxy_forward_kl, log_partition)
+        return divergences
 
     def _record_validation(
         self, parts: List[Divergences], kernels: List[Tensor]

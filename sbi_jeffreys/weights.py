@@ -139,8 +139,8 @@ class AdaptiveWeights(Weights):
     .. math:: \tau = \Phi((D_1 - D_3) / s)
 
     is the probability that the proxy is nearer to the truth. Of the reverse divergence
-    the flow is asked to lower the share $\tau$, the proxy the share $1 - \tau$: each
-    learns from the other as far as the other is known to be better.
+    the flow is asked to lower the share $\tau$, the proxy all: being held near the flow
+    is what keeps it from overfitting.
 
     Args:
         relaxation: Cost $h$ of relaxing a constraint.

@@ -366,7 +366,7 @@ def _c2st_table(comparison: pd.DataFrame) -> str:
     if not np.isnan(means).all():
         best = lines[int(np.nanargmin(means))]
         best[-1] = f"**{best[-1]}**"
-    return _table(["method", *tasks, "mean"], lines)
+    return markdown_table(["method", *tasks, "mean"], lines)
 
 
 def _cell(line: pd.Series) -> str:
@@ -400,7 +400,7 @@ def _pairs_table(pairs: pd.DataFrame) -> str:
             better = f"better {line['better']}/{line['seeds']}"
             cells.append(f"{line['mean']:+.3f} {interval}, {better}")
         lines.append([f"{budget:,}", str(peer), *cells])
-    return _table(["budget", "peer", *tasks], lines)
+    return markdown_table(["budget", "peer", *tasks], lines)
 
 
 def _costs_table(rows: pd.DataFrame) -> str:
@@ -429,7 +429,7 @@ def _costs_table(rows: pd.DataFrame) -> str:
             f"{means['peak_memory_mb']:.0f}",
         ])
     lines.sort(key=lambda line: (line[0], methods.index(line[1])))
-    return _table(
+    return markdown_table(
         [
             "budget",
             "method",
@@ -463,10 +463,12 @@ def _failures_table(failed: pd.DataFrame) -> str:
             which,
             f"{error}: {short}",
         ])
-    return _table(["task", "method", "budget", "rows", "observations", "error"], lines)
+    return markdown_table(
+        ["task", "method", "budget", "rows", "observations", "error"], lines
+    )
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     rule = ["---"] * len(header)
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *lines))

@@ -229,3 +229,25 @@ def assert_epochs_are_finite(summary: Mapping[str, List[Any]]) -> None:
         if name != "best_validation_loss":
             values = values_of(summary, name)
         assert all(map(math.isfinite, values)), (name, values)
+
+
+class Centered(nn.Module):
+    """A layer that learns in passing, as batch normalisation does."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return x - self.mean
+
+
+class StatefulEmbedding(nn.Sequential):
+    """With parameters, running means and random numbers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 6), Centered(), nn.SiLU(), nn.Dropout(0.2))

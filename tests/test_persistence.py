@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from helpers import identical, interrupt_before
+from helpers import StatefulEmbedding, identical, interrupt_before
 from sbi.inference import simulate_for_sbi
 from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform, RestrictedPrior, process_prior
@@ -226,30 +226,8 @@ def test_nothing_to_resume():
 # ------------------------------------------------------------- resumed as uninterrupted
 
 
-class Centered(nn.Module):
-    """A layer that learns in passing, as batch normalisation does."""
-
-    mean: torch.Tensor
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(6))
-
-    def forward(self, x):
-        if self.training:
-            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
-        return x - self.mean
-
-
-class Embedding(nn.Sequential):
-    """With what makes training depend on more than parameters."""
-
-    def __init__(self):
-        super().__init__(nn.Linear(2, 6), Centered(), nn.SiLU(), nn.Dropout(0.2))
-
-
 def shared_embedding():
-    embedding = Embedding()
+    embedding = StatefulEmbedding()
     return {
         "density_estimator": posterior_nn(
             "maf", hidden_features=8, num_transforms=2, embedding_net=embedding

@@ -5,10 +5,15 @@ from typing import Any, Dict
 
 import pytest
 import torch
-from helpers import identical, interrupt_before, state_of, values_of
+from helpers import (
+    StatefulEmbedding,
+    identical,
+    interrupt_before,
+    state_of,
+    values_of,
+)
 from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform
-from torch import nn
 
 from sbi_jeffreys import FixedWeights, JeffreysNPE, NoTracker, energy_nn
 from sbi_jeffreys.plots import plot_training
@@ -21,31 +26,9 @@ pytestmark = pytest.mark.filterwarnings(
 PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
 
 
-class Centered(nn.Module):
-    """A layer that learns in passing, as batch normalisation does."""
-
-    mean: torch.Tensor
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(6))
-
-    def forward(self, x):
-        if self.training:
-            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
-        return x - self.mean
-
-
-class Embedding(nn.Sequential):
-    """With parameters, running means and random numbers of its own."""
-
-    def __init__(self):
-        super().__init__(nn.Linear(2, 6), Centered(), nn.SiLU(), nn.Dropout(0.2))
-
-
 def make(shared=False, **kwargs):
     torch.manual_seed(0)
-    embedding: Dict[str, Any] = {"embedding_net": Embedding()} if shared else {}
+    embedding: Dict[str, Any] = {"embedding_net": StatefulEmbedding()} if shared else {}
     return JeffreysNPE(
         PRIOR,
         posterior_nn("maf", hidden_features=8, num_transforms=2, **embedding),

@@ -44,6 +44,8 @@ from sbi_jeffreys import (
 from sbi_jeffreys.partition import log_mixture
 from sbi_jeffreys.refinement import log_ratio, sample_with_log_ratio, temper
 from tasks import TASKS, get_task
+from tasks.report import markdown_table
+from tasks.results import write_whole
 
 NUM_FRESH = 500
 NUM_SAMPLES = 300
@@ -170,10 +172,11 @@ def report(rows: pd.DataFrame) -> str:
 
 
 def _markdown(table: pd.DataFrame) -> str:
-    lines = [list(map(str, table.columns)), ["---"] * len(table.columns)]
-    for row in table.itertuples(index=False):
-        lines.append([f"{v:.2f}" if isinstance(v, float) else str(v) for v in row])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [
+        [f"{v:.2f}" if isinstance(v, float) else str(v) for v in row]
+        for row in table.itertuples(index=False)
+    ]
+    return markdown_table(list(map(str, table.columns)), lines)
 
 
 def main() -> None:
@@ -202,9 +205,7 @@ def main() -> None:
                     continue
                 new = pd.DataFrame(run(*key))
                 rows = pd.concat([rows, new], ignore_index=True)
-                temporary = arguments.out.with_suffix(".tmp")
-                rows.to_csv(temporary, index=False)
-                temporary.replace(arguments.out)
+                write_whole(arguments.out, rows.to_csv(index=False))
                 print(new.to_string(index=False, header=False), flush=True)
 
 
