@@ -1,15 +1,33 @@
-"""Plots of a training, in the manner of sbi: they return figure and axes."""
+"""Plots of trainings and posteriors, in sbi's manner: they return figure and axes.
 
-from typing import Any, Mapping, Sequence, Tuple
+Of a training (`plot_training`), of both models' densities at an observation
+(`plot_densities`), of several posteriors over each other (`plot_corner`) and of their
+calibration (`plot_calibration`). Everything is told apart by line or place as well as
+by colour, for print without colours.
+"""
+
+from typing import Any, List, Mapping, Optional, Sequence, Tuple, Union
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from sbi.analysis import eval_conditional_density, pairplot
+from sbi.inference.posteriors import DirectPosterior
+from scipy.stats import kstwo
+from torch import Tensor
+
+from sbi_jeffreys.estimator import JeffreysEstimator
+from sbi_jeffreys.posterior import RefinedPosterior
 
 # Okabe and Ito's colours, which the colour-blind can tell apart. Flow, proxy and
 # coupling have the same one in every plot.
 FLOW, PROXY, COUPLING = "#0072B2", "#D55E00", "#009E73"
+# Of posteriors in the order in which they are given.
+COLORS = (FLOW, PROXY, COUPLING, "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+LINES = ("-", "--", ":", "-.")
 
 
 def plot_training(
@@ -93,3 +111,396 @@ def plot_training(
             bbox_to_anchor=(0.5, -0.22),
         )
     return fig, axes
+
+
+def plot_densities(
+    posterior: Union[DirectPosterior, RefinedPosterior],
+    x_o: Tensor,
+    limits: Optional[Union[Sequence[Sequence[float]], Tensor]] = None,
+    dims: Tuple[int, int] = (0, 1),
+    condition: Optional[Tensor] = None,
+    points: Optional[Tensor] = None,
+    labels: Optional[Sequence[str]] = None,
+    levels: Sequence[float] = (0.5, 0.9),
+    resolution: int = 100,
+    fig_kwargs: Mapping[str, Any] = {"figsize": (8, 3.8)},  # noqa: B006
+) -> Tuple[Figure, np.ndarray]:
+    r"""Plot the densities of flow and proxy at an observation beside each other.
+
+    Both are evaluated on the same grid and normalised there, so that neither has an
+    error of sampling. Shades are densities on one scale; the lines bound the smallest
+    regions that hold the masses `levels`.
+
+    With more than two parameters it is the density of two of them given all others,
+    not their marginal: $p(\theta_i, \theta_j \mid \theta_{\setminus ij}, x)$.
+
+    Args:
+        posterior: What `JeffreysNPE.build_posterior` returns, with
+            `sample_with="refined"` or without.
+        x_o: One observation.
+        limits: Lower and upper limit of every parameter, `(num_parameters, 2)`. If not
+            given, those of the flow's central samples and a margin, within them.
+        dims: The two parameters.
+        condition: Values of the others, `(num_parameters,)`; those at `dims` are not
+            used. The median of the flow's samples if not given.
+        points: Parameters to be marked, such as the true ones, `(num,
+            num_parameters)` or `(num_parameters,)`.
+        labels: Names of all parameters.
+        levels: Masses between 0 and 1.
+        resolution: Number of grid points in either direction.
+        fig_kwargs: Keywords of `matplotlib.pyplot.subplots`.
+
+    Returns:
+        Figure and the axes of flow and proxy.
+
+    Raises:
+        TypeError: If the posterior is not of a `JeffreysNPE`.
+        ValueError: If there are fewer than two parameters, or if a model has no
+            density within the limits.
+    """
+    estimator = getattr(posterior, "posterior_estimator", None)
+    if not isinstance(estimator, JeffreysEstimator):
+        raise TypeError(
+            "The densities of flow and proxy are those of a posterior that "
+            f"JeffreysNPE.build_posterior returned, got {type(posterior).__name__}. "
+            "Use sample_with='direct' or 'refined'."
+        )
+    num = estimator.input_shape.numel()
+    if num < 2 or len({d % num for d in dims}) != 2:
+        raise ValueError(
+            f"Two different parameters are needed, got dims={tuple(dims)} of {num}."
+        )
+    first, second = (d % num for d in dims)
+    if limits is None or condition is None:
+        samples = posterior.sample((1000,), x=x_o, show_progress_bars=False)
+        condition = samples.median(0).values if condition is None else condition
+        limits = _limits(samples) if limits is None else limits
+    limits = torch.as_tensor(limits)
+    condition = torch.as_tensor(condition).reshape(1, num)
+
+    densities = []
+    for name, exponent in (("flow", 0.0), ("proxy", 1.0)):
+        model = RefinedPosterior(estimator, posterior.prior, exponent)
+        model.set_default_x(x_o)
+        density = eval_conditional_density(
+            _Unnormalised(model), condition, limits, first, second, resolution
+        ).cpu()
+        if not density.sum() > 0:
+            raise ValueError(
+                f"The {name} has no density within the limits {limits.tolist()}."
+            )
+        densities.append(density / density.sum())
+
+    fig, axes = plt.subplots(
+        1,
+        2,
+        **{"layout": "constrained", "sharex": True, "sharey": True, **fig_kwargs},
+    )
+    grid = [
+        np.linspace(float(limits[d, 0]), float(limits[d, 1]), resolution)
+        for d in (first, second)
+    ]
+    top = max(density.max().item() for density in densities)
+    names = [rf"$\theta_{{{d + 1}}}$" for d in range(num)] if labels is None else labels
+    for ax, density, title, cmap in zip(
+        axes,
+        densities,
+        (r"flow $p(\theta \mid x_o)$", r"proxy $q(\theta \mid x_o)$"),
+        ("Blues", "Oranges"),
+        strict=True,
+    ):
+        ax.pcolormesh(
+            *grid,
+            density,
+            cmap=cmap,
+            vmin=0,
+            vmax=top,
+            shading="nearest",
+            rasterized=True,
+        )
+        thresholds = sorted({_threshold(density, mass) for mass in levels})
+        ax.contour(*grid, density, levels=thresholds, colors="black", linewidths=0.8)
+        if points is not None:
+            marked = torch.as_tensor(points).reshape(-1, num).cpu()
+            ax.plot(marked[:, first], marked[:, second], "k+", ms=10, mew=2)
+        ax.set_title(title)
+        ax.set_xlabel(names[first])
+        ax.label_outer()
+    axes[0].set_ylabel(names[second])
+    return fig, axes
+
+
+def plot_corner(
+    samples: Mapping[str, Union[Tensor, np.ndarray]],
+    points: Optional[Union[Tensor, np.ndarray]] = None,
+    limits: Optional[Union[List, Tensor]] = None,
+    labels: Optional[List[str]] = None,
+    levels: Sequence[float] = (0.5, 0.9),
+    colors: Sequence[str] = COLORS,
+    bins: int = 100,
+    figsize: Optional[Tuple[float, float]] = None,
+    **kwargs: Any,
+) -> Tuple[Figure, np.ndarray]:
+    """Plot several posteriors over each other: marginals of one and two parameters.
+
+    `sbi.analysis.pairplot` with names for the posteriors, a legend, and contours and
+    lines that are told apart without colours.
+
+    Example:
+    --------
+
+    ::
+
+        plot_corner({"NPE": samples_npe, "refined": samples}, points=theta_true)
+
+    Args:
+        samples: Samples of every posterior by its name, `(num, num_parameters)`, the
+            same parameters for all.
+        points: Parameters to be marked, as in `pairplot`.
+        limits: Limits of every parameter, `(num_parameters, 2)`; those of all samples
+            if not given.
+        labels: Names of the parameters.
+        levels: Masses within the contours, between 0 and 1.
+        colors: Colours of the posteriors.
+        bins: Number of points in every direction at which densities are estimated.
+        figsize: Size of the figure.
+        **kwargs: Further arguments of `pairplot`.
+
+    Returns:
+        Figure and axes, as `pairplot`.
+
+    Raises:
+        ValueError: If there are no samples, or samples of different parameters.
+    """
+    shapes = {name: tuple(part.shape) for name, part in samples.items()}
+    if len({shape[1:] for shape in shapes.values()}) != 1 or any(
+        len(shape) != 2 for shape in shapes.values()
+    ):
+        raise ValueError(
+            "samples must be (num, num_parameters), with the same parameters for every "
+            f"posterior; got {shapes}."
+        )
+    styles = [
+        (colors[i % len(colors)], LINES[i % len(LINES)]) for i in range(len(samples))
+    ]
+    num = next(iter(shapes.values()))[1]
+    size = max(4.0, 2.2 * num)
+    options: dict[str, Any] = {
+        "upper": "contour",
+        "diag": "kde",
+        "upper_kwargs": [
+            {
+                "bins": bins,
+                "levels": sorted(levels),
+                "mpl_kwargs": {"colors": [color], "linestyles": [line]},
+            }
+            for color, line in styles
+        ],
+        "diag_kwargs": [
+            {"bins": bins, "mpl_kwargs": {"color": color, "linestyle": line}}
+            for color, line in styles
+        ],
+    }
+    options.update(kwargs)
+    fig_kwargs = {
+        "points_colors": ["black"],
+        "points_diag": {"linewidth": 0.8},
+        "points_offdiag": {"marker": "+", "markersize": 10},
+        "fig_subplots_adjust": {"top": 0.97, "right": 0.97},
+        **(options.pop("fig_kwargs", None) or {}),
+    }
+    parts = [torch.as_tensor(part).cpu() for part in samples.values()]
+    if limits is None:
+        # Those of all, but for the outliers, which would leave the rest in a corner.
+        each = torch.stack([_limits(part) for part in parts])
+        limits = torch.stack((each[..., 0].amin(0), each[..., 1].amax(0)), 1).tolist()
+    fig, axes = pairplot(
+        parts,
+        points=points,
+        limits=limits,
+        labels=labels,
+        figsize=(size, size) if figsize is None else figsize,
+        fig_kwargs=fig_kwargs,
+        **options,
+    )
+    handles = [
+        Line2D([], [], color=color, ls=line, label=name)  # type: ignore[arg-type]
+        for name, (color, line) in zip(samples, styles, strict=True)
+    ]
+    fig.legend(handles=handles, loc="lower left", frameon=False)
+    return fig, np.asarray(axes)  # type: ignore[return-value]
+
+
+def plot_calibration(
+    ranks: Optional[Mapping[str, Union[Tensor, np.ndarray]]] = None,
+    coverage: Optional[Mapping[str, Tuple[Tensor, Tensor]]] = None,
+    num_posterior_samples: int = 1000,
+    num_simulations: Optional[int] = None,
+    labels: Optional[Sequence[str]] = None,
+    confidence: float = 0.95,
+    fig_kwargs: Optional[Mapping[str, Any]] = None,
+) -> Tuple[Figure, np.ndarray]:
+    r"""Plot how well several posteriors are calibrated: SBC and expected coverage.
+
+    For every parameter the distribution function of its ranks (simulation-based
+    calibration [1]), and after them the expected coverage of credible regions
+    (TARP [2]). A calibrated posterior is on the diagonal. The grey band holds the
+    whole curve of one with probability `confidence` (Kolmogorov's test).
+
+    Below the diagonal and then above it, an S: the posterior is too wide. Above and
+    then below: too narrow. All above: the parameter is overestimated; all below:
+    underestimated.
+
+    Example:
+    --------
+
+    ::
+
+        posteriors = {
+            "flow": inference.build_posterior(),
+            "refined": inference.build_posterior(sample_with="refined"),
+        }
+        ranks = {k: run_sbc(theta, x, p)[0] for k, p in posteriors.items()}
+        coverage = {k: run_tarp(theta, x, p) for k, p in posteriors.items()}
+        plot_calibration(ranks, coverage)
+
+    Args:
+        ranks: Ranks of every posterior by its name, the first that
+            `sbi.diagnostics.run_sbc` returns, `(num_simulations, num_parameters)`.
+        coverage: Expected coverage and credibility levels, what
+            `sbi.diagnostics.run_tarp` returns.
+        num_posterior_samples: Number of samples among which the ranks are.
+        num_simulations: Number of simulations behind `coverage`, for its band; that of
+            the ranks if not given.
+        labels: Names of the parameters.
+        confidence: Probability that a calibrated posterior is within the band.
+        fig_kwargs: Keywords of `matplotlib.pyplot.subplots`.
+
+    Returns:
+        Figure and axes, one for each parameter and one for the coverage.
+
+    Raises:
+        ValueError: If there is nothing to plot, or if ranks are of different shapes or
+            exceed `num_posterior_samples`.
+
+    [1] S. Talts et al., "Validating Bayesian Inference Algorithms with Simulation-Based
+    Calibration", arXiv:1804.06788.
+
+    [2] P. Lemos et al., "Sampling-Based Accuracy Testing of Posterior Estimators for
+    General Inference", ICML 2023.
+    """
+    tables = {k: np.asarray(v, dtype=float) for k, v in (ranks or {}).items()}
+    if not tables and not coverage:
+        raise ValueError("Nothing to plot: give ranks, coverage or both.")
+    shapes = {name: table.shape for name, table in tables.items()}
+    if len(set(shapes.values())) > 1 or any(len(s) != 2 for s in shapes.values()):
+        raise ValueError(
+            "ranks must be (num_simulations, num_parameters), the same for every "
+            f"posterior; got {shapes}."
+        )
+    if tables and max(table.max() for table in tables.values()) > num_posterior_samples:
+        raise ValueError(
+            f"Ranks exceed num_posterior_samples={num_posterior_samples}. Give the "
+            "number that run_sbc was given."
+        )
+    num_runs, num_parameters = next(iter(shapes.values()), (None, 0))
+    num_panels = num_parameters + bool(coverage)
+    num_columns = min(num_panels, 4)
+    num_rows = -(-num_panels // num_columns)
+    defaults = {
+        "figsize": (0.4 + 2.6 * num_columns, 0.4 + 2.6 * num_rows),
+        "layout": "constrained",
+    }
+    fig, grid = plt.subplots(
+        num_rows, num_columns, squeeze=False, **{**defaults, **(fig_kwargs or {})}
+    )
+    axes = grid.ravel()[:num_panels]
+    for ax in grid.ravel()[num_panels:]:
+        ax.set_visible(False)
+    names = list(dict.fromkeys([*tables, *(coverage or {})]))
+    style = {
+        name: {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
+        for i, name in enumerate(names)
+    }
+    for i in range(num_parameters):
+        name = f"$\\theta_{{{i + 1}}}$" if labels is None else labels[i]
+        _diagonal(axes[i], num_runs, confidence)
+        axes[i].set_xlabel(f"rank of {name}, as a share")
+        axes[i].set_ylabel("share of simulations")
+        for method, table in tables.items():
+            # Not sbi's sbc_rank_plot: its bins end at the smallest and largest rank
+            # that were seen, which hides ends that the posterior never reaches.
+            values = np.sort(table[:, i]) / num_posterior_samples
+            steps = np.concatenate(([0.0], values, [1.0]))
+            shares = np.append(np.arange(len(values) + 1) / len(values), 1.0)
+            axes[i].step(steps, shares, where="post", label=method, **style[method])
+    if coverage:
+        ax = axes[-1]
+        _diagonal(ax, num_simulations or num_runs, confidence)
+        ax.set_xlabel("credibility level")
+        ax.set_ylabel("expected coverage")
+        for method, (ecp, alpha) in coverage.items():
+            ax.plot(alpha.cpu(), ecp.cpu(), label=method, **style[method])
+    for ax in axes:
+        ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
+    handles = {}
+    for ax in axes:
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    fig.legend(
+        list(handles.values()),
+        list(handles),
+        loc="outside lower center",
+        ncols=len(handles),
+        frameon=False,
+    )
+    return fig, axes
+
+
+class _Unnormalised:
+    """A density known up to a constant, as `eval_conditional_density` asks for it."""
+
+    def __init__(self, posterior: RefinedPosterior) -> None:
+        self.posterior = posterior
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        # In parts, which bounds the memory of a large network.
+        return torch.cat([
+            self.posterior.log_prob(part, norm_posterior=False)
+            for part in theta.split(10_000)
+        ])
+
+
+def _limits(samples: Tensor) -> Tensor:
+    """Return limits that hold nearly all samples, `(num_parameters, 2)`."""
+    low, high = samples.quantile(torch.tensor([0.005, 0.995]).to(samples), 0)
+    margin = 0.15 * (high - low)
+    ends = samples.min(0).values, samples.max(0).values
+    return torch.stack(
+        (torch.maximum(low - margin, ends[0]), torch.minimum(high + margin, ends[1])), 1
+    )
+
+
+def _threshold(density: Tensor, mass: float) -> float:
+    """Return the density above which there is the share `mass` of the grid."""
+    ordered = density.flatten().sort(descending=True).values
+    index = torch.searchsorted(ordered.cumsum(0), mass * ordered.sum())
+    return ordered[index.clamp(max=len(ordered) - 1)].item()
+
+
+def _diagonal(ax: Axes, num: Optional[int], confidence: float) -> None:
+    """Draw what a calibrated posterior is expected to give."""
+    ax.axline((0, 0), slope=1, color="0.4", lw=0.8, zorder=0)
+    if num is None:
+        return
+    # Kolmogorov's distance, which no point of the curve exceeds.
+    width = float(kstwo.ppf(confidence, num))
+    line = np.linspace(0, 1, 201)
+    ax.fill_between(
+        line,
+        (line - width).clip(0),
+        (line + width).clip(max=1),
+        color="0.88",
+        zorder=-1,
+        label=f"calibrated, {100 * confidence:g} %",
+    )

@@ -1,0 +1,280 @@
+"""Plots: what is drawn is what closed forms say, and can be told apart in print."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from sbi.inference import NPE
+from sbi.inference.posteriors import DirectPosterior
+from sbi.utils import BoxUniform
+from scipy.stats import chi2, ecdf, kstest
+from torch.distributions import MultivariateNormal
+
+from sbi_jeffreys import JeffreysEstimator, NoTracker, RefinedPosterior
+from sbi_jeffreys.plots import plot_calibration, plot_corner, plot_densities
+from tests.helpers import (
+    LinearGaussianFlow,
+    QuadraticEnergy,
+    gaussian_proxy,
+    gaussian_proxy_posterior,
+)
+
+X_O = torch.tensor([[0.4]])
+# Okabe and Ito, "Color Universal Design", 2008.
+OKABE_ITO = {
+    *("#000000", "#e69f00", "#56b4e9", "#009e73"),
+    *("#f0e442", "#0072b2", "#d55e00", "#cc79a7"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def prior():
+    return MultivariateNormal(torch.zeros(3), 9 * torch.eye(3))
+
+
+@pytest.fixture
+def flow():
+    root = torch.tensor([[0.6, 0.0, 0.0], [0.3, 0.5, 0.0], [-0.4, 0.1, 0.7]])
+    weight = torch.tensor([[1.0], [-0.5], [0.2]])
+    return LinearGaussianFlow(weight, torch.tensor([0.1, 0.0, -0.2]), root)
+
+
+@pytest.fixture
+def energy():
+    root = torch.tensor([[1.5, 0.0, 0.0], [0.4, 1.8, 0.0], [0.2, -0.3, 1.2]])
+    weight = torch.tensor([[0.7], [-0.2], [0.1]])
+    return QuadraticEnergy(weight, torch.tensor([0.0, 0.3, 0.1]), root)
+
+
+@pytest.fixture
+def estimator(flow, energy, prior):
+    return JeffreysEstimator(flow, gaussian_proxy(energy, prior))
+
+
+def shades(ax):
+    return np.asarray(ax.collections[0].get_array())
+
+
+def conditional(p: MultivariateNormal, dims, given) -> MultivariateNormal:
+    """Return the density of two parameters given the third, by linear algebra."""
+    (rest,) = set(range(3)) - set(dims)
+    mean, cov = p.mean.squeeze(), p.covariance_matrix.squeeze()
+    gain = cov[list(dims), rest] / cov[rest, rest]
+    inner = cov[list(dims)][:, list(dims)]
+    return MultivariateNormal(
+        mean[list(dims)] + gain * (given[rest] - mean[rest]),
+        inner - torch.outer(gain, cov[rest, list(dims)]),
+    )
+
+
+def direct(estimator, prior):
+    return DirectPosterior(estimator, prior)
+
+
+@pytest.mark.parametrize("make_posterior", [direct, RefinedPosterior])
+def test_plot_densities_draws_both_conditionals(
+    estimator, flow, energy, prior, make_posterior
+):
+    limits = [[-3.0, 4.0], [-9.0, 9.0], [-4.0, 3.0]]
+    given = torch.tensor([99.0, 0.7, 99.0])  # only that of the second is used
+    fig, axes = plot_densities(
+        make_posterior(estimator, prior),
+        X_O,
+        limits=limits,
+        dims=(0, 2),
+        condition=given,
+        points=torch.tensor([1.0, 2.0, 3.0]),
+        labels=["a", "b", "c"],
+        resolution=40,
+        fig_kwargs={"figsize": (6, 3), "dpi": 80},
+    )
+    truths = [
+        flow.distribution(X_O),
+        gaussian_proxy_posterior(energy, X_O, prior)[0],
+    ]
+    first, second = (torch.linspace(*limits[d], 40) for d in (0, 2))
+    # Rows of an image are values of the second parameter.
+    grid = torch.stack(torch.meshgrid(first, second, indexing="xy"), -1)
+    for ax, truth in zip(axes, truths, strict=True):
+        truth = conditional(truth, (0, 2), given)
+        expected = truth.log_prob(grid).exp()
+        expected = (expected / expected.sum()).detach().numpy()
+        np.testing.assert_allclose(shades(ax).reshape(40, 40), expected, atol=1e-6)
+        assert ax.get_xlabel() == "a"
+        marked = ax.lines[0].get_xydata()
+        np.testing.assert_allclose(marked, [[1.0, 3.0]])
+    assert axes[0].get_ylabel() == "c"
+    assert axes[0].collections[0].get_clim() == axes[1].collections[0].get_clim()
+    assert tuple(fig.get_size_inches()) == (6, 3) and fig.dpi == 80
+
+
+def test_the_lines_of_plot_densities_hold_their_masses(estimator, flow, prior):
+    given = torch.zeros(3)
+    _, axes = plot_densities(
+        RefinedPosterior(estimator, prior),
+        X_O,
+        limits=[[-3.5, 4.5], [-4.0, 4.0], [-4.0, 4.0]],
+        condition=given,
+        levels=(0.5, 0.9),
+        resolution=150,
+    )
+    truth = conditional(flow.distribution(X_O), (0, 1), given)
+    contours = axes[0].collections[1]
+    for mass, path in zip((0.9, 0.5), contours.get_paths(), strict=True):
+        points = torch.as_tensor(path.vertices, dtype=torch.float32)
+        # A Gaussian's smallest region of mass m is an ellipse of known radius.
+        deviation = points - truth.mean
+        precision = truth.precision_matrix
+        squared = ((deviation @ precision) * deviation).sum(1).detach().numpy()
+        np.testing.assert_allclose(squared, chi2.ppf(mass, 2), rtol=0.05)
+
+
+def test_plot_densities_finds_its_limits(estimator, flow, prior):
+    _, axes = plot_densities(DirectPosterior(estimator, prior), X_O, dims=(-1, 0))
+    mean = flow.mean(X_O)[0].detach()
+    std = flow.covariance().diag().sqrt().detach()
+    for dim, limits in ((2, axes[0].get_xlim()), (0, axes[0].get_ylim())):
+        assert mean[dim] - 5 * std[dim] < limits[0] < mean[dim] - 2 * std[dim]
+        assert mean[dim] + 2 * std[dim] < limits[1] < mean[dim] + 5 * std[dim]
+    assert axes[0].get_xlabel() == r"$\theta_{3}$"
+
+
+def test_plot_densities_says_what_it_needs(estimator, prior):
+    posterior = RefinedPosterior(estimator, prior)
+    with pytest.raises(ValueError, match="Two different parameters"):
+        plot_densities(posterior, X_O, dims=(0, 3))
+    bounded = RefinedPosterior(estimator, BoxUniform(-9 * torch.ones(3), torch.ones(3)))
+    with pytest.raises(ValueError, match="no density within the limits"):
+        plot_densities(bounded, X_O, limits=[[2.0, 3.0]] * 3)
+    theta = prior.sample((50,))
+    npe = NPE(prior, tracker=NoTracker(), show_progress_bars=False)
+    npe.append_simulations(theta, theta[:, :1]).train(max_num_epochs=1)
+    with pytest.raises(TypeError, match="JeffreysNPE.build_posterior"):
+        plot_densities(npe.build_posterior(), X_O)
+
+
+def test_plot_corner_draws_every_posterior():
+    wide = torch.randn(1000, 3)
+    narrow = 1.0 + 0.1 * torch.randn(800, 3)
+    wide[0] = 1e3  # an outlier must not hide the rest
+    fig, axes = plot_corner(
+        {"wide": wide, "narrow": narrow.numpy()},
+        points=torch.tensor([[1.0, 1.0, 1.0]]),
+        labels=["a", "b", "c"],
+        figsize=(5, 5),
+        upper="scatter",
+        upper_kwargs=[{"mpl_kwargs": {"s": 2}}] * 2,
+    )
+    assert axes.shape == (3, 3)
+    for i in range(3):
+        curves = axes[i, i].lines[:2]
+        styles = {(to_hex(line.get_color()), line.get_linestyle()) for line in curves}
+        assert len(styles) == 2 and len({style for _, style in styles}) == 2
+        assert {color for color, _ in styles} <= OKABE_ITO
+        # The peak of an estimated density of a Gaussian is near its mean.
+        peaks = [line.get_xdata()[np.argmax(line.get_ydata())] for line in curves]
+        assert abs(peaks[1] - 1.0) < 0.1 and abs(peaks[0]) < 0.6
+        low, high = axes[i, i].get_xlim()
+        assert -5 < low < -2 and 2 < high < 5
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == [
+        "wide",
+        "narrow",
+    ]
+    assert tuple(fig.get_size_inches()) == (5, 5)
+
+
+def test_plot_corner_contours_hold_their_masses():
+    samples = torch.randn(2000, 2)
+    _, axes = plot_corner(
+        {"normal": samples}, levels=(0.5,), limits=[[-4, 4], [-4, 4]], bins=80
+    )
+    (contour,) = axes[0, 1].collections
+    radius = np.linalg.norm(np.concatenate([p.vertices for p in contour.get_paths()]))
+    num = sum(len(p.vertices) for p in contour.get_paths())
+    # The kernels widen the estimate by a few per cent.
+    assert radius / num**0.5 == pytest.approx(chi2.ppf(0.5, 2) ** 0.5, rel=0.1)
+
+
+def test_plot_corner_refuses_other_parameters():
+    with pytest.raises(ValueError, match="same parameters"):
+        plot_corner({"a": torch.randn(10, 2), "b": torch.randn(10, 3)})
+    with pytest.raises(ValueError, match="same parameters"):
+        plot_corner({})
+
+
+def in_band(ax, line):
+    """Return whether a curve lies within the grey band of its axes."""
+    outline = ax.collections[0].get_paths()[0].vertices
+    middle = outline[np.isclose(outline[:, 0], 0.5)]
+    width = middle[:, 1].max() - 0.5
+    x, y = line.get_xdata(), line.get_ydata()
+    inner = (x > 0) & (x < 1)
+    return bool(np.all(np.abs(y - x)[inner] <= width + 1 / len(x)))
+
+
+def test_plot_calibration_draws_ranks_and_coverage():
+    num, L = 400, 1000
+    good = torch.randint(0, L + 1, (num, 2))
+    narrow = (torch.distributions.Beta(0.4, 0.4).sample((num, 2)) * L).round()
+    alpha = torch.linspace(0, 1, 41)
+    coverage = {"good": (alpha, alpha), "narrow": (alpha.sqrt(), alpha)}
+    fig, axes = plot_calibration({"good": good, "narrow": narrow}, coverage, L)
+    assert len(axes) == 3
+    for i, ax in enumerate(axes[:2]):
+        curves = {line.get_label(): line for line in ax.lines[1:]}
+        expected = ecdf(good[:, i].numpy() / L).cdf
+        x, y = curves["good"].get_data()
+        at = np.linspace(0.01, 0.99, 50) + 1e-6
+        np.testing.assert_allclose(
+            y[np.searchsorted(x, at, side="right") - 1], expected.evaluate(at)
+        )
+        for name, ranks in (("good", good), ("narrow", narrow)):
+            p_value = kstest(ranks[:, i].numpy() / L, "uniform").pvalue
+            assert in_band(ax, curves[name]) == (p_value > 0.05), name
+            assert (p_value > 0.05) == (name == "good")
+    for line, name in zip(axes[2].lines[1:], coverage, strict=True):
+        np.testing.assert_allclose(line.get_xdata(), alpha)
+        np.testing.assert_allclose(line.get_ydata(), coverage[name][0])
+    styles = [line.get_linestyle() for line in axes[2].lines[1:]]
+    assert len(set(styles)) == 2
+    names = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert names == ["calibrated, 95 %", "good", "narrow"]
+
+
+def test_plot_calibration_shows_ranks_that_are_never_reached():
+    # Of a posterior far too wide, all ranks are in the middle. Bins between the
+    # smallest and largest of them would show a diagonal.
+    ranks = torch.randint(450, 551, (300, 1))
+    _, axes = plot_calibration({"wide": ranks})
+    line = axes[0].lines[1]
+    x, y = line.get_data()
+    assert y[np.searchsorted(x, 0.4) - 1] == 0
+    assert not in_band(axes[0], line)
+
+
+def test_plot_calibration_of_coverage_alone():
+    alpha = torch.linspace(0, 1, 11)
+    _, axes = plot_calibration(coverage={"flow": (alpha, alpha)})
+    assert len(axes) == 1 and not axes[0].collections  # no band without a number
+    _, axes = plot_calibration(coverage={"flow": (alpha, alpha)}, num_simulations=100)
+    assert in_band(axes[0], axes[0].lines[1])
+
+
+def test_plot_calibration_says_what_it_needs():
+    with pytest.raises(ValueError, match="Nothing to plot"):
+        plot_calibration()
+    with pytest.raises(ValueError, match="the same for every posterior"):
+        plot_calibration({"a": torch.ones(10, 2), "b": torch.ones(10, 3)})
+    with pytest.raises(ValueError, match="num_posterior_samples=100"):
+        plot_calibration({"a": torch.full((10, 1), 101)}, num_posterior_samples=100)
