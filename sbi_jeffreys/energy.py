@@ -92,11 +92,12 @@ class EnergyNet(nn.Module):
                 hidden_features,
                 context_features=None,
                 activation=activation,
-                dropout_probability=dropout,
                 zero_initialization=False,
             )
             for _ in range(num_blocks)
         ])
+        for block in self.blocks:
+            block.dropout = ConditionDropout(dropout)
         self.activation = activation
         self.final_layer = nn.Linear(hidden_features, 1, bias=False)
         nn.init.zeros_(self.final_layer.weight)
@@ -119,6 +120,31 @@ class EnergyNet(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return self.final_layer(self.activation(hidden)).squeeze(-1)
+
+
+class ConditionDropout(nn.Module):
+    r"""Dropout with one mask for all parameters at a condition.
+
+    Parameters at one $x$ are compared with each other, in $f$ and in $Z$ alike. With
+    the same units left out they are compared by one energy, whose $Z$ is its own; and
+    the masks are as many as conditions, not as samples.
+
+    Args:
+        probability: Probability that a unit is left out.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return hidden units of shape `(sample_dim, batch_dim, hidden_features)`.
+
+        Args:
+            hidden: Hidden units of that shape.
+        """
+        mask = F.dropout(torch.ones_like(hidden[0]), self.probability, self.training)
+        return hidden * mask if self.training else hidden
 
 
 def _saturate(scores: Tensor) -> Tensor:

@@ -16,10 +16,12 @@ after O. Ben-Dov and L. F. O. Chamon, "Adaptive Symmetrization of the KL Diverge
 
 .. math:: \lambda_1 D_1 + \lambda_2 D_2 + \lambda_3 D_3
 
-over both models, with the weights of `sbi_jeffreys.weights`.
+over both models, with the weights of `sbi_jeffreys.weights`. Of $D_2$ the flow lowers
+the symmetric form, $\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)$, see
+`sbi_jeffreys.stages`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional, Sequence, Tuple
 
 import torch
@@ -84,6 +86,47 @@ class Proposals:
             torch.cat([part.theta for part in parts], 1),
             torch.cat([part.log_weights for part in parts], 1),
             torch.cat([part.log_ratio for part in parts], 1),
+        )
+
+
+@dataclass
+class ProxySamples:
+    r"""Samples of the proxy at every condition, from which the flow learns.
+
+    Attributes:
+        theta: Samples of shape `(num_samples, batch_dim, *input_shape)`.
+        log_prob: $\log q(\theta \mid x)$, of shape `(num_samples, batch_dim)`.
+        log_partition: $\log Z(x)$, of shape `(batch_dim,)`.
+        effective_sample_size: Of the weights they were drawn by, `(batch_dim,)`.
+    """
+
+    theta: Tensor
+    log_prob: Tensor
+    log_partition: Tensor
+    effective_sample_size: Tensor
+
+    def at(self, index: Tensor) -> "ProxySamples":
+        """Return the samples at the conditions `index`."""
+        return ProxySamples(
+            self.theta[:, index],
+            self.log_prob[:, index],
+            self.log_partition[index],
+            self.effective_sample_size[index],
+        )
+
+    def subset(self, num_samples: int) -> "ProxySamples":
+        """Return a random subset of the samples."""
+        index = torch.randperm(len(self.theta))[:num_samples].to(self.theta.device)
+        return replace(self, theta=self.theta[index], log_prob=self.log_prob[index])
+
+    @staticmethod
+    def concatenate(parts: Sequence["ProxySamples"]) -> "ProxySamples":
+        """Return the samples at several batches of conditions as one."""
+        return ProxySamples(
+            torch.cat([part.theta for part in parts], 1),
+            torch.cat([part.log_prob for part in parts], 1),
+            torch.cat([part.log_partition for part in parts]),
+            torch.cat([part.effective_sample_size for part in parts]),
         )
 
 
@@ -206,6 +249,87 @@ class JeffreysObjective:
             log_z - proxy.base.extended_log_prob(theta) - f[0],
             log_partition,
         )
+
+    @torch.no_grad()
+    def sample_proxy(
+        self,
+        proxy: ConditionalEnergy,
+        x: Tensor,
+        proposals: Proposals,
+        num_samples: int,
+    ) -> ProxySamples:
+        r"""Draw samples of the proxy by sampling importance resampling.
+
+        Args:
+            proxy: The proxy $q$.
+            x: Conditions of shape `(batch_dim, *condition_shape)`.
+            proposals: What `propose` drew at these conditions.
+            num_samples: Number of samples at every condition.
+
+        Returns:
+            The samples, some of them the same where the weights are uneven.
+        """
+        log_weights = proxy(proposals.theta, x) + proposals.log_weights
+        log_partition = from_log_weights(log_weights)
+        weights = torch.softmax(log_weights, 0).nan_to_num(nan=0.0)
+        # Where no weight is a number, any sample is as good.
+        weights = torch.where(weights.sum(0) > 0, weights, 1.0)
+        index = torch.multinomial(weights.T, num_samples, replacement=True).T
+        condition = torch.arange(len(x), device=index.device)
+        theta = proposals.theta[index, condition]
+        log_z = log_partition.debiased
+        return ProxySamples(
+            theta,
+            proxy.base.log_prob(theta) + proxy(theta, x) - log_z,
+            log_z,
+            log_partition.effective_sample_size,
+        )
+
+    def forward_kl_to_proxy(
+        self, flow: ConditionalDensityEstimator, x: Tensor, samples: ProxySamples
+    ) -> Tensor:
+        r"""Estimate $\mathrm{KL}(q \Vert p)$ with its gradient to the flow.
+
+        .. math:: \tfrac1S \textstyle\sum_s [\log q(\theta_s \mid x) -
+            \log p(\theta_s \mid x)], \qquad \theta_s \sim q
+
+        With $\mathrm{KL}(p \Vert q)$ it is the Jeffreys divergence of the two models.
+        Where the flow has no mass the reverse divergence is blind; this one is not.
+
+        Args:
+            flow: The flow $p$.
+            x: Conditions of shape `(batch_dim, *condition_shape)`.
+            samples: Samples of the proxy at these conditions.
+
+        Returns:
+            Of shape `(batch_dim,)`.
+        """
+        return (samples.log_prob - flow.log_prob(samples.theta, x)).mean(0)
+
+    @torch.no_grad()
+    def reverse_kl(
+        self,
+        flow: ConditionalDensityEstimator,
+        proxy: ConditionalEnergy,
+        x: Tensor,
+        log_partition: Tensor,
+        num_samples: int,
+    ) -> Tensor:
+        r"""Estimate $\mathrm{KL}(p \Vert q)$ from fresh samples of the flow.
+
+        Args:
+            flow: The flow $p$.
+            proxy: The proxy $q$.
+            x: Conditions of shape `(batch_dim, *condition_shape)`.
+            log_partition: $\log Z(x)$ of shape `(batch_dim,)`.
+            num_samples: Number of samples at every condition.
+
+        Returns:
+            Of shape `(batch_dim,)`.
+        """
+        theta, log_p = _finite(*rsample_and_log_prob(flow, num_samples, x))
+        log_q = proxy.base.extended_log_prob(theta) + proxy(theta, x) - log_partition
+        return (log_p - log_q).mean(0)
 
     def reverse_kl_of_flow(
         self,

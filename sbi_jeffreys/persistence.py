@@ -32,7 +32,7 @@ from torch.optim.adam import Adam
 from sbi_jeffreys.base_measure import event_shape, is_inside
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.features import is_continuous
-from sbi_jeffreys.objective import Proposals
+from sbi_jeffreys.objective import Proposals, ProxySamples
 from sbi_jeffreys.stages import Stage
 from sbi_jeffreys.version import __version__
 
@@ -43,7 +43,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 FORMAT = "sbi_jeffreys.JeffreysNPE"
 #: Increased whenever a file of before can no longer be read.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Parameters at which the prior of the file and that of the user are compared.
 NUM_PRIOR_CHECKS = 8
@@ -71,6 +71,10 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
         "epoch": epoch,
         "stage": inference._stage.value,
         "stage_start": inference._stage_start,
+        "candidate_start": inference._candidate_start,
+        "best_of_candidate": inference._best_of_candidate,
+        "proxy_share": inference._proxy_share,
+        "is_new": inference._is_new,
         "max_num_epochs": inference._max_num_epochs,
         "networks": copy_of_networks(inference._estimator),
         "base": _state_of_base(inference),
@@ -89,6 +93,10 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
             name: dict(vars(proposals))
             for name, proposals in inference._proposals.items()
         },
+        "proxy_samples": {
+            name: dict(vars(samples))
+            for name, samples in inference._proxy_samples.items()
+        },
         "random_state": random_state(inference._device),
     }
 
@@ -99,7 +107,10 @@ def restore(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
     inference._stage = Stage(state["stage"])
     inference._stage_start = state["stage_start"]
     inference._max_num_epochs = state["max_num_epochs"]
-    inference._is_new = False
+    inference._candidate_start = state["candidate_start"]
+    inference._best_of_candidate = state["best_of_candidate"]
+    inference._proxy_share = state["proxy_share"]
+    inference._is_new = state["is_new"]
     load_networks(inference._estimator, state["networks"])
     _restore_base(inference, state["base"])
     inference._best = dict(state["best"])
@@ -114,6 +125,10 @@ def restore(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
     inference._proposals = {
         name: Proposals(**_to(inference._device, proposals))
         for name, proposals in state["proposals"].items()
+    }
+    inference._proxy_samples = {
+        name: ProxySamples(**_to(inference._device, samples))
+        for name, samples in state["proxy_samples"].items()
     }
 
 

@@ -1,22 +1,31 @@
 """The stages of training: which of the two models learns, and from what."""
 
 from enum import Enum
+from typing import Optional
 
 
 class Stage(Enum):
-    """The flow first, then the proxy, then both.
+    r"""The flow first, then the proxy, then the flow again, now from the proxy too.
 
-    Each stage ends when its models have not improved on validation simulations for
-    `stop_after_epochs`, and the next begins with the best of them. A proxy that learns
-    while the flow is still poor gets its partition function from samples that miss it,
-    and grows where nothing samples it; and a flow that follows a poor proxy is dragged
-    away. Against a trained flow that stands still the proxy learns from one set of
-    samples, drawn once, at the price of its own small network.
+    Each stage lowers the same Lagrangian over one of the two models, while the other
+    stands still:
+
+    - `FLOW`: $\lambda_1 \mathrm{KL}(\pi \Vert p)$ over the flow. There is no proxy to
+      follow yet.
+    - `PROXY`: $\lambda_2 \mathrm{KL}(p \Vert q) + \lambda_3 \mathrm{KL}(\pi \Vert q)$
+      over the proxy, with one set of the flow's samples for all epochs.
+    - `DISTILLATION`: $\lambda_1 \mathrm{KL}(\pi \Vert p) + \lambda_2 \tau \,
+      [\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)]$ over the flow.
+
+    Each ends when its model has not improved on validation simulations for
+    `stop_after_epochs`, and the next begins with the best of it. A proxy that learns
+    beside a poor flow gets its partition function from samples that miss it, and a flow
+    that follows a poor proxy is dragged away.
     """
 
     FLOW = "flow"
     PROXY = "proxy"
-    JOINT = "joint"
+    DISTILLATION = "distillation"
 
     @property
     def trains_flow(self) -> bool:
@@ -26,9 +35,10 @@ class Stage(Enum):
     @property
     def trains_proxy(self) -> bool:
         """Whether the proxy learns."""
-        return self is not Stage.FLOW
+        return self is Stage.PROXY
 
     @property
-    def next(self) -> "Stage":
-        """The stage that follows, the last one after itself."""
-        return {Stage.FLOW: Stage.PROXY}.get(self, Stage.JOINT)
+    def next(self) -> Optional["Stage"]:
+        """The stage that follows, `None` after the last."""
+        following = {Stage.FLOW: Stage.PROXY, Stage.PROXY: Stage.DISTILLATION}
+        return following.get(self)

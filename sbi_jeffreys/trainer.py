@@ -18,16 +18,24 @@ from sbi.utils.sbiutils import ImproperEmpirical
 from sbi.utils.torchutils import assert_all_finite
 from torch import Tensor
 from torch.distributions import Distribution
+from torch.nn import Module
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from sbi_jeffreys.atomic import atomic_proxy_loss
 from sbi_jeffreys.base_measure import event_shape, is_inside
+from sbi_jeffreys.candidates import FlowCandidates, build_candidates
 from sbi_jeffreys.energy import ConditionalEnergy, EnergyBuilder, energy_nn
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.flow import check_has_rsample
-from sbi_jeffreys.objective import Divergences, JeffreysObjective, Proposals
+from sbi_jeffreys.objective import (
+    Divergences,
+    JeffreysObjective,
+    Proposals,
+    ProxySamples,
+)
+from sbi_jeffreys.partition import LogPartition
 from sbi_jeffreys.persistence import (
     PER_TRAINING,
     Checkpoint,
@@ -66,13 +74,24 @@ from sbi_jeffreys.weights import (
 # same noise.
 NUM_VALIDATION_SIMULATIONS = 500
 VALIDATION_MULTIPLE = 8
-# A set of proposal samples holds four times what a step takes, which draws from it at
-# random, as long as that does not fill the memory. It serves twenty epochs: the samples
-# stay exact when the flow moves on, for their weights hold the density that they were
-# drawn with. While the flow stands still, it serves all.
+# The set of proposal samples that the proxy learns with, while the flow stands still,
+# holds four times what a step takes, which draws from it at random, as long as that
+# does not fill the memory.
 POOL_MULTIPLE = 4
 MAX_POOL_SIZE = 4_000_000
-POOL_EPOCHS = 20
+# Samples of the proxy that the flow learns from: so many are drawn for every simulation
+# among the proposals that the proxy has learnt with, and after every fifty epochs among
+# twice a step's samples of the flow as it is then; so many are used in a step. Those at
+# validation simulations stay.
+DISTILLATION_EPOCHS = 50
+DISTILLATION_MULTIPLE = 2
+NUM_PROXY_SAMPLES = 16
+NUM_PROXY_SAMPLES_PER_STEP = 2
+NUM_VALIDATION_PROXY_SAMPLES = 16
+# The flow takes its step of the reverse divergence, with an inversion and two slopes
+# the dearest of all, in every second batch, twice as long.
+REVERSE_INTERVAL = 2
+NUM_REVERSE_VALIDATION_SAMPLES = 4
 # Density estimators of sbi's without differentiable samples, refused when built.
 MIXTURES = ("mdn", "made")
 # Conditions for which proposals are drawn at once, which bounds the memory.
@@ -122,7 +141,7 @@ MISSING_METRICS: Dict[Stage, Tuple[str, ...]] = {
         *VALIDATION_METRICS[1:],
     ),
     Stage.PROXY: ("training_forward_kl",),
-    Stage.JOINT: (),
+    Stage.DISTILLATION: ("training_reverse_kl", "training_proxy_forward_kl"),
 }
 
 
@@ -159,9 +178,9 @@ class JeffreysNPE(NPE):
         self,
         prior: Optional[Distribution] = None,
         density_estimator: Union[
-            Literal["nsf", "maf", "mdn", "made"],
+            Literal["auto", "nsf", "maf", "mdn", "made"],
             ConditionalEstimatorBuilder[ConditionalDensityEstimator],
-        ] = "maf",
+        ] = "auto",
         device: str = "cpu",
         logging_level: Union[int, str] = "WARNING",
         summary_writer: Optional[SummaryWriter] = None,
@@ -178,7 +197,9 @@ class JeffreysNPE(NPE):
             prior: As in `sbi.inference.NPE`. Without one the proxy takes the Lebesgue
                 measure as its base measure.
             density_estimator: As in `sbi.inference.NPE`: the flow. It must have
-                samples with gradients, which mixtures ("mdn", "made") have not.
+                samples with gradients, which mixtures ("mdn", "made") have not. With
+                `"auto"` several are trained, and the best on validation simulations
+                is kept, see `sbi_jeffreys.candidates`.
             device: As in `sbi.inference.NPE`.
             logging_level: As in `sbi.inference.NPE`.
             summary_writer: As in `sbi.inference.NPE`.
@@ -195,9 +216,10 @@ class JeffreysNPE(NPE):
             ValueError: If `weights` is an unknown name.
             TypeError: If `weights` is neither a name nor `Weights`.
         """
+        chooses_flow = density_estimator == "auto"
         super().__init__(
             prior=prior,
-            density_estimator=density_estimator,
+            density_estimator="maf" if chooses_flow else density_estimator,  # type: ignore[arg-type]
             device=device,
             logging_level=logging_level,
             summary_writer=summary_writer,
@@ -205,7 +227,9 @@ class JeffreysNPE(NPE):
             show_progress_bars=show_progress_bars,
         )
         self._build_flow = self._build_neural_net
-        if isinstance(density_estimator, str) and density_estimator not in MIXTURES:
+        if chooses_flow:
+            self._build_flow = self._build_candidates
+        elif isinstance(density_estimator, str) and density_estimator not in MIXTURES:
             self._build_flow = partial(self._build_named_flow, density_estimator)
         self._build_proxy = (
             energy_nn() if energy_estimator is None else energy_estimator
@@ -226,14 +250,21 @@ class JeffreysNPE(NPE):
         self._summary.update({name: [] for name in (*EPOCH_METRICS, "stage")})
         self._weights = deepcopy(self._initial_weights)
         self._proposals: Dict[str, Proposals] = {}
+        self._proxy_samples: Dict[str, ProxySamples] = {}
         self._epoch_metrics: Dict[str, float] = {}
         self._num_skipped_steps = 0
         self._is_new = True
-        self._stage = Stage.JOINT
+        self._stage = Stage.FLOW
         self._stage_start = 0
-        # Validation loss, epoch and state of either model at its best: the flow and
-        # the proxy need not be at their best in the same epoch.
-        self._best: Dict[str, Tuple[float, int, Dict[str, Tensor]]] = {}
+        # First epoch of the flow's active candidate, and its lowest validation loss
+        # with the epoch.
+        self._candidate_start = 0
+        self._best_of_candidate = (math.inf, 0)
+        # Share of KL(q || p) by which flows are chosen while they learn from the proxy.
+        self._proxy_share = 0.0
+        # Score, epoch, state and validation loss of either model at its best: flow and
+        # proxy need not be at their best in the same epoch.
+        self._best: Dict[str, Tuple[float, int, Dict[str, Tensor], float]] = {}
         # The training as it was after its last complete epoch.
         self._last_epoch: Optional[Dict[str, Any]] = None
         self._num_retries = 0
@@ -496,6 +527,9 @@ class JeffreysNPE(NPE):
         )
         return self._posterior
 
+    def _build_candidates(self, theta: Tensor, x: Tensor):
+        return build_candidates(theta, x, self._prior)
+
     def _build_named_flow(self, model: str, theta: Tensor, x: Tensor) -> ResidualFlow:
         return build_residual_flow(model, theta, x, self._prior)
 
@@ -553,8 +587,9 @@ class JeffreysNPE(NPE):
             set_random_state(self._last_epoch["random_state"], self._device)
         else:
             self._best = {}
-            self._proposals = {}
-            self._stage, self._stage_start = self._first_stage(), 0
+            self._proposals, self._proxy_samples = {}, {}
+            self._stage, self._stage_start = Stage.FLOW, 0
+            self._candidate_start, self._best_of_candidate = 0, (math.inf, -1)
             self._max_num_epochs = train_config.max_num_epochs
             self._num_skipped_steps = 0
             self._last_epoch = None
@@ -588,7 +623,7 @@ class JeffreysNPE(NPE):
             )
         estimator = self._estimator
         self._restore_best()
-        self._best_val_loss = self._best["flow"][0]
+        self._best_val_loss = self._best["flow"][3]
         if not math.isfinite(self._best_val_loss):
             self._forget_training()
             raise ValueError(
@@ -647,7 +682,7 @@ class JeffreysNPE(NPE):
             isinstance(error, RuntimeError) and not all_finite(self._estimator)
         )
         state = self._last_epoch
-        if state is None or not math.isfinite(self._best["flow"][0]):
+        if state is None or not math.isfinite(state["best"]["flow"][0]):
             self._forget_training()
             if not numerical or isinstance(error, NonFiniteError):
                 raise error
@@ -663,7 +698,7 @@ class JeffreysNPE(NPE):
         if not numerical:
             self._restore_best()
             raise error
-        if self._num_retries == MAX_RETRIES:
+        if self._num_retries == MAX_RETRIES and not self._start_next_candidate():
             return (
                 f"Training was stopped after {num_epochs} epochs: the next one turned "
                 f"NaN or infinite {MAX_RETRIES + 1} times ({error!r})."
@@ -701,25 +736,27 @@ class JeffreysNPE(NPE):
         clip_max_norm: Optional[float],
         loss_args: Optional[LossArgs],
     ) -> float:
-        if (
-            self._stage is Stage.JOINT
-            and (self.epoch - self._stage_start) % POOL_EPOCHS == 0
-        ):
-            self._proposals = {}
-        flow = self._estimator.flow
-        if not self._stage.trains_flow:
-            flow.eval()  # what is drawn and normalised in passing stands still, too
+        epoch_of_stage = self.epoch - self._stage_start
+        if epoch_of_stage > 0 and epoch_of_stage % DISTILLATION_EPOCHS == 0:
+            self._proxy_samples.pop("training", None)
+        for model in self._standing_still:
+            model.eval()  # what is drawn and normalised in passing stands still, too
         means = []
-        for batch in train_loader:
+        first = epoch_of_stage * len(train_loader)
+        for step, batch in enumerate(train_loader, start=first):
             divergences = self._divergences(batch, train_loader, loss_args)
             if divergences.forward_kl is not None:
                 assert_all_finite(divergences.forward_kl, "JeffreysNPE loss")
-            lagrangian = self._lagrangian(divergences, batch[1].to(self._device))
+            lagrangian = self._lagrangian(divergences)
+            if self._stage is Stage.DISTILLATION:
+                lagrangian = lagrangian + self._divergences_of_models(
+                    batch, train_loader, step % REVERSE_INTERVAL == 0
+                )
             kernel = self._calibration(batch[1].to(self._device), loss_args)
             self.optimizer.zero_grad()
             (kernel * lagrangian).mean().backward()
-            if not self._stage.trains_flow:  # an embedding net may be of both
-                flow.zero_grad(set_to_none=True)
+            for model in self._standing_still:  # an embedding net may be of both
+                model.zero_grad(set_to_none=True)
             self._step(clip_max_norm)
             means.append(_means(divergences, kernel))
         epoch_means = torch.tensor(means).mean(0).tolist()
@@ -779,9 +816,18 @@ class JeffreysNPE(NPE):
         assert isinstance(loss_args, LossArgsNPE)
         return self._round > 0 and not loss_args.force_first_round_loss
 
-    def _lagrangian(self, divergences: Divergences, x: Tensor) -> Tensor:
-        weights, estimator = self._weights, self._estimator
-        dual_variables = weights.dual_variables.tolist()
+    @property
+    def _standing_still(self) -> Tuple[Module, ...]:
+        """The models that do not learn in this stage, though their gradients exist."""
+        estimator = self._estimator
+        models = {
+            Stage.PROXY: (estimator.flow,),
+            Stage.DISTILLATION: (estimator.proxy,),
+        }
+        return models.get(self._stage, ())
+
+    def _lagrangian(self, divergences: Divergences) -> Tensor:
+        dual_variables = self._weights.dual_variables.tolist()
         terms = [
             weight * divergence
             for weight, divergence in zip(
@@ -789,14 +835,34 @@ class JeffreysNPE(NPE):
             )
             if divergence is not None
         ]
-        lagrangian = torch.stack(terms).sum(0)
-        flow_weight = dual_variables[1] * weights.flow_share
-        if self._stage is Stage.JOINT and flow_weight > 0:
-            assert divergences.log_partition is not None
-            lagrangian = lagrangian + flow_weight * self.objective.reverse_kl_of_flow(
-                estimator.flow, estimator.proxy, x, divergences.log_partition.value
+        return torch.stack(terms).sum(0)
+
+    @property
+    def _flow_weight(self) -> float:
+        """The weight of the divergence from the proxy that the flow lowers."""
+        return self._weights.dual_variables[1].item() * self._weights.flow_share
+
+    def _divergences_of_models(
+        self,
+        batch: Sequence[Tensor],
+        loader: DataLoader,
+        with_reverse_kl: bool,
+    ) -> Tensor:
+        """Return the divergences of the models from each other, weighted."""
+        if self._flow_weight == 0:
+            return torch.zeros(len(batch[0]), device=self._device)
+        estimator, objective = self._estimator, self.objective
+        x = batch[1].to(self._device)
+        samples = self._proxy_samples_at(batch, loader)
+        result = objective.forward_kl_to_proxy(
+            estimator.flow, x, samples.subset(NUM_PROXY_SAMPLES_PER_STEP)
+        )
+        if with_reverse_kl:
+            reverse_kl = objective.reverse_kl_of_flow(
+                estimator.flow, estimator.proxy, x, samples.log_partition
             )
-        return lagrangian
+            result = result + REVERSE_INTERVAL * reverse_kl
+        return self._flow_weight * result
 
     def _step(self, clip_max_norm: Optional[float]) -> None:
         """Take one optimiser step, with the gradients of each network clipped."""
@@ -852,6 +918,48 @@ class JeffreysNPE(NPE):
             for chunk in x.split(PROPOSAL_BATCH_SIZE)
         ])
 
+    def _proxy_samples_at(
+        self, batch: Sequence[Tensor], loader: DataLoader, validate: bool = False
+    ) -> ProxySamples:
+        """Return samples of the proxy at the conditions of a batch.
+
+        They are drawn and kept as `_proposals_at` does it. The same flow, the one that
+        the stage began with, proposes those at the validation simulations in all
+        epochs, so that these are judged alike.
+        """
+        if len(batch) < 4:
+            return self._draw_proxy_samples(batch[1], validate, {})
+        name = "validation" if validate else "training"
+        if name not in self._proxy_samples:
+            end = NUM_VALIDATION_SIMULATIONS if self._round == 0 else None
+            indices = self.val_indices[:end] if validate else self.train_indices
+            x = loader.dataset.tensors[1][indices]  # type: ignore[attr-defined]
+            self._proxy_samples[name] = self._draw_proxy_samples(
+                x, validate, self._proposals
+            )
+        return self._proxy_samples[name].at(self._position[batch[3]])
+
+    def _draw_proxy_samples(
+        self, x: Tensor, validate: bool, proposals: Dict[str, Proposals]
+    ) -> ProxySamples:
+        (flow, proxy), was_training = self._models, self._estimator.flow.training
+        flow.eval()
+        proxy.eval()
+        name = "validation" if validate else "training"
+        multiple = VALIDATION_MULTIPLE if validate else DISTILLATION_MULTIPLE
+        num = NUM_VALIDATION_PROXY_SAMPLES if validate else NUM_PROXY_SAMPLES
+        # Used once: the flow that drew them has moved on when the next are needed.
+        drawn = proposals.pop(name, None) or self._draw_proposals(x, multiple)
+        samples = ProxySamples.concatenate([
+            self.objective.sample_proxy(
+                proxy, x[index].to(self._device), drawn.at(index), num
+            )
+            for index in torch.arange(len(x)).split(PROPOSAL_BATCH_SIZE)
+        ])
+        flow.train(was_training)
+        proxy.eval()  # it stands still, with an embedding net of both
+        return samples
+
     def _calibration(self, x: Tensor, loss_args: Optional[LossArgs]) -> Tensor:
         """Return the calibration kernel's weights; sbi sets a kernel of ones."""
         assert isinstance(loss_args, LossArgsNPE)
@@ -864,6 +972,7 @@ class JeffreysNPE(NPE):
         losses: List[Tensor] = []
         parts: List[Divergences] = []
         kernels: List[Tensor] = []
+        distances: List[Tensor] = []
         with torch.no_grad():
             for batch in val_loader:
                 kernel = self._calibration(batch[1].to(self._device), loss_args)
@@ -875,10 +984,17 @@ class JeffreysNPE(NPE):
                 if not judged.any():
                     continue
                 batch = [part[judged] for part in batch]
-                divergences = self._proxy_validation(batch, val_loader, loss_args)
+                kernel = kernel[judged]
+                if self._stage is Stage.DISTILLATION:
+                    divergences, to_proxy = self._flow_validation(
+                        batch, val_loader, loss_args
+                    )
+                    distances.append(kernel * to_proxy)
+                else:
+                    divergences = self._proxy_validation(batch, val_loader, loss_args)
                 divergences.forward_kl = forward_kl[judged]
                 parts.append(divergences)
-                kernels.append(kernel[judged])
+                kernels.append(kernel)
         val_loss = torch.cat(losses).mean().item()
         if parts:
             self._record_validation(parts, kernels)
@@ -886,7 +1002,10 @@ class JeffreysNPE(NPE):
             self._epoch_metrics.update(dict.fromkeys(VALIDATION_METRICS, math.nan))
             self._epoch_metrics["validation_forward_kl"] = val_loss
         if self._stage.trains_flow:
-            self._keep_best("flow", val_loss)
+            distance = torch.cat(distances).mean().item() if distances else 0.0
+            self._keep_best("flow", val_loss + self._proxy_share * distance, val_loss)
+            if val_loss < self._best_of_candidate[0]:
+                self._best_of_candidate = (val_loss, self.epoch)
         for name, value in zip(
             DUAL_METRICS, self._weights.dual_variables.tolist(), strict=True
         ):
@@ -915,6 +1034,36 @@ class JeffreysNPE(NPE):
             )
         return divergences
 
+    def _flow_validation(
+        self, batch: Sequence[Tensor], loader: DataLoader, loss_args: Optional[LossArgs]
+    ) -> Tuple[Divergences, Tensor]:
+        """Return the divergences on validation simulations as the flow follows.
+
+        Returns:
+            The divergences, and `KL(q || p)`.
+        """
+        (flow, proxy), objective = self._models, self.objective
+        theta, x = batch[0].to(self._device), batch[1].to(self._device)
+        samples = self._proxy_samples_at(batch, loader, validate=True)
+        log_z = samples.log_partition
+        if self._has_atomic_loss(loss_args):
+            proxy_forward_kl = atomic_proxy_loss(
+                proxy, self._prior, theta, x, self._num_atoms
+            )
+        else:
+            log_q = proxy.base.extended_log_prob(theta) + proxy(theta[None], x)[0]
+            proxy_forward_kl = log_z - log_q
+        num_samples = VALIDATION_MULTIPLE * (
+            objective.num_flow_samples + objective.num_reference_samples
+        )
+        divergences = Divergences(
+            None,
+            objective.reverse_kl(flow, proxy, x, log_z, NUM_REVERSE_VALIDATION_SAMPLES),
+            proxy_forward_kl,
+            LogPartition(log_z, samples.effective_sample_size, num_samples),
+        )
+        return divergences, objective.forward_kl_to_proxy(flow, x, samples)
+
     def _record_validation(
         self, parts: List[Divergences], kernels: List[Tensor]
     ) -> None:
@@ -929,9 +1078,13 @@ class JeffreysNPE(NPE):
             for index in range(3)
         )
         validation = ValidationDivergences(forward, reverse, proxy_forward)
-        if self._stage is Stage.JOINT:
+        if self._stage.trains_flow:
             self._weights.update(validation)
-        self._keep_best("proxy", validation.proxy_forward_kl)
+        if self._stage.trains_proxy:
+            loss = validation.proxy_forward_kl
+            is_best = self._keep_best("proxy", loss, loss)
+            if is_best:
+                self._weights.measure_trust(validation)
         partitions = [part.log_partition for part in parts if part.log_partition]
         self._epoch_metrics.update(
             validation_forward_kl=validation.forward_kl,
@@ -944,28 +1097,62 @@ class JeffreysNPE(NPE):
             .item(),
         )
 
-    def _first_stage(self) -> Stage:
-        stage = Stage.FLOW if self._is_new else Stage.JOINT
-        self._is_new = False
-        return stage
-
     def _start_next_stage(self) -> None:
+        following = self._stage.next
+        assert following is not None
         for name in ("flow", "proxy"):
             if name in self._best:
                 getattr(self._estimator, name).load_state_dict(self._best[name][2])
-        self._stage, self._stage_start = self._stage.next, self.epoch
-        self._proposals = {}
+        self._stage, self._stage_start = following, self.epoch
+        self._is_new = False
         self.optimizer.state.clear()
+        if following is Stage.DISTILLATION:
+            # From here on a flow is also judged by what it has learnt from the proxy,
+            # as far as that can be trusted.
+            self._proxy_share = self._weights.flow_share
+            del self._best["flow"]
 
-    def _keep_best(self, name: str, loss: float) -> None:
+    def _start_next_candidate(self) -> bool:
+        """Let the flow's next candidate learn, if there is one.
+
+        Returns:
+            Whether there is one.
+        """
+        flow = self._estimator.flow
+        if not (
+            self._is_new
+            and self._stage is Stage.FLOW
+            and isinstance(flow, FlowCandidates)
+            and flow.active + 1 < len(flow)
+        ):
+            return False
+        flow.active += 1
+        self._candidate_start = self.epoch
+        self._best_of_candidate = (math.inf, self.epoch - 1)
+        self._num_retries = 0
+        return True
+
+    def _keep_best(self, name: str, score: float, loss: float) -> bool:
+        """Keep a model if it is the best so far.
+
+        Args:
+            name: `"flow"` or `"proxy"`.
+            score: What models are compared by.
+            loss: Its validation loss.
+
+        Returns:
+            Whether it is.
+        """
         model = getattr(self._estimator, name)
-        loss = math.inf if math.isnan(loss) else loss
-        if name not in self._best or loss < self._best[name][0]:
-            self._best[name] = (loss, self.epoch, copy_of_state(model))
-            goes_with_flow = name == "flow" or not self._stage.trains_flow
-            if goes_with_flow and self._estimator.shares_parameters:
-                state = copy_of_state(self._estimator.proxy)
-                self._best["flow's proxy"] = (loss, self.epoch, state)
+        score = math.inf if math.isnan(score) else score
+        if name in self._best and not score < self._best[name][0]:
+            return False
+        self._best[name] = (score, self.epoch, copy_of_state(model), loss)
+        goes_with_flow = name == "flow" or not self._stage.trains_flow
+        if goes_with_flow and self._estimator.shares_parameters:
+            state = copy_of_state(self._estimator.proxy)
+            self._best["flow's proxy"] = (score, self.epoch, state, loss)
+        return True
 
     def _restore_best(self) -> None:
         estimator = self._estimator
@@ -978,29 +1165,35 @@ class JeffreysNPE(NPE):
         estimator.eval()
 
     def _converged(self, epoch: int, stop_after_epochs: int) -> bool:
-        """Return whether neither model has improved on validation data for long."""
-        if not self._best:
+        """Return whether no model has improved on validation data for long."""
+        if "flow" not in self._best:  # before the first epoch, or that of a stage
             return False
-        self._best_val_loss = self._best["flow"][0]
+        self._best_val_loss = self._best["flow"][3]
         # sbi restores this state at the end of training; `_restore_best` then loads
         # each model's own.
         self._best_model_state_dict = self._estimator.state_dict()
-        last_improvement = max(
-            self._stage_start - 1, *(best[1] for best in self._best.values())
-        )
-        self._epochs_since_last_improvement = epoch - 1 - last_improvement
+        start = self._stage_start
+        epochs = [best[1] for best in self._best.values()]
+        if self._stage is Stage.FLOW:
+            start, epochs = self._candidate_start, [self._best_of_candidate[1]]
+        self._epochs_since_last_improvement = epoch - 1 - max(start - 1, *epochs)
+        stagnates = self._epochs_since_last_improvement >= stop_after_epochs
         # Without a weight on the proxy there is nothing to learn after the flow.
-        is_last = (
-            self._stage is Stage.JOINT or not self._weights.dual_variables[1:].any()
-        )
-        if is_last:
-            return self._epochs_since_last_improvement >= stop_after_epochs
-        share = self._max_num_epochs / 3
-        if (
-            self._epochs_since_last_improvement >= stop_after_epochs
-            or epoch - self._stage_start >= share
-        ):
-            self._start_next_stage()
+        has_proxy = bool(self._weights.dual_variables[1:].any())
+        is_last = self._stage.next is None
+        share = math.inf if is_last or not has_proxy else self._max_num_epochs / 3
+        is_over = epoch - self._stage_start >= share
+        flow = self._estimator.flow
+        if self._is_new and isinstance(flow, FlowCandidates) and share < math.inf:
+            limit = max(1, share // len(flow))
+            stagnates = stagnates or epoch - start >= limit
+        if not (stagnates or is_over):
+            return False
+        if not is_over and self._start_next_candidate():
+            return False
+        if is_last or not has_proxy:
+            return True
+        self._start_next_stage()
         return False
 
     def _summarize_epoch(
@@ -1035,6 +1228,8 @@ class JeffreysNPE(NPE):
             )
 
     def _summarize(self, round_: int) -> None:
+        # sbi's is the lowest of any flow's, not that of the flow which is kept.
+        self._summary["best_validation_loss"][-1] = self._best["flow"][3]
         offset = sum(self._summary["epochs_trained"][:-1])
         try:
             for name in EPOCH_METRICS:
@@ -1076,7 +1271,7 @@ class JeffreysNPE(NPE):
             stacklevel=6,
         )
         self._summary["epochs_trained"].append(num_epochs)
-        self._summary["best_validation_loss"].append(self._best["flow"][0])
+        self._summary["best_validation_loss"].append(self._best["flow"][3])
         self._summarize(self._round)
         self._estimator.zero_grad(set_to_none=True)
 
@@ -1104,6 +1299,11 @@ class JeffreysNPE(NPE):
             return 0.0
 
     @property
+    def _models(self) -> Tuple[ConditionalDensityEstimator, ConditionalEnergy]:
+        """The flow and the proxy."""
+        return self._estimator.flow, self._estimator.proxy
+
+    @property
     def _estimator(self) -> JeffreysEstimator:
         assert isinstance(self._neural_net, JeffreysEstimator)
         return self._neural_net
@@ -1122,7 +1322,8 @@ class JeffreysNPE(NPE):
     def __getstate__(self) -> Dict:
         state = super().__getstate__()
         # Builders are closures, which pickle refuses, as for sbi's own.
-        state.update(_build_flow=None, _build_proxy=None, _proposals={})
+        state.update(_build_flow=None, _build_proxy=None)
+        state.update(_proposals={}, _proxy_samples={})
         state.update(_checkpoint=None, _before_training=None)
         return state
 

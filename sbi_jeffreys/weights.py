@@ -46,6 +46,14 @@ class Weights(ABC):
         """
 
     @abstractmethod
+    def measure_trust(self, validation: "ValidationDivergences") -> None:
+        """Take the trust in a proxy that learnt while the flow stood still.
+
+        Args:
+            validation: Divergences on simulations that neither model was fitted to.
+        """
+
+    @abstractmethod
     def start_round(self) -> None:
         """Forget what does not carry over to a new round of simulations."""
 
@@ -114,6 +122,9 @@ class FixedWeights(Weights):
         return 1.0
 
     def update(self, validation: ValidationDivergences) -> None:
+        pass
+
+    def measure_trust(self, validation: ValidationDivergences) -> None:
         pass
 
     def start_round(self) -> None:
@@ -202,13 +213,20 @@ class AdaptiveWeights(Weights):
         self.dual_variables = (
             self.dual_variables + self.dual_learning_rate * step
         ).clamp(0.0, self.h.dual_bound)
-        z = v.advantage / max(v.standard_error, 1e-12)
-        trust = 0.5 * (1 + math.erf(z / math.sqrt(2))) if math.isfinite(z) else 0.0
-        self.trust = self.smoothing * self.trust + (1 - self.smoothing) * trust
+        self.trust = self.smoothing * self.trust + (1 - self.smoothing) * _trust(v)
+
+    def measure_trust(self, validation: ValidationDivergences) -> None:
+        self.trust = _trust(validation)
 
     def start_round(self) -> None:
         # Another round's simulations have another entropy; the duals carry over.
         self.entropy_baseline = math.inf
+
+
+def _trust(validation: ValidationDivergences) -> float:
+    """Return the probability that the proxy is nearer to the truth than the flow."""
+    z = validation.advantage / max(validation.standard_error, 1e-12)
+    return 0.5 * (1 + math.erf(z / math.sqrt(2))) if math.isfinite(z) else 0.0
 
 
 def _is_plain(value: Any) -> bool:

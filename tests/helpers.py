@@ -166,16 +166,20 @@ def flat_gradient(loss: Tensor, module: nn.Module) -> Tensor:
 
 
 # What the summary has no values of while a model does not learn yet, or stands still.
-METRICS_OF_FLOW = ("training_forward_kl", "training_loss")
-METRICS_OF_PROXY = (
-    "training_reverse_kl",
-    "training_proxy_forward_kl",
+TRAINING_METRICS_OF_FLOW = ("training_forward_kl", "training_loss")
+TRAINING_METRICS_OF_PROXY = ("training_reverse_kl", "training_proxy_forward_kl")
+VALIDATION_METRICS_OF_PROXY = (
     "validation_reverse_kl",
     "validation_proxy_forward_kl",
     "log_partition",
     "effective_sample_size",
 )
-MISSING = {"flow": METRICS_OF_PROXY, "proxy": METRICS_OF_FLOW, "joint": ()}
+MISSING = {
+    "flow": TRAINING_METRICS_OF_PROXY + VALIDATION_METRICS_OF_PROXY,
+    "proxy": TRAINING_METRICS_OF_FLOW,
+    "distillation": TRAINING_METRICS_OF_PROXY,
+    "joint": (),
+}
 
 
 def steps_and_values(

@@ -42,7 +42,7 @@ def estimator():
     prior = BoxUniform(-torch.ones(2), torch.ones(2))
     theta = prior.sample((200,))
     x = theta + 0.3 * torch.randn(200, 2)
-    inference = JeffreysNPE(prior, tracker=NoTracker(), show_progress_bars=False)
+    inference = JeffreysNPE(prior, "maf", tracker=NoTracker(), show_progress_bars=False)
     inference.append_simulations(theta, x)
     with pytest.warns(UserWarning, match="max_num_epochs"):
         return prior, theta, x, inference.train(max_num_epochs=6)

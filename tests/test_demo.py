@@ -60,13 +60,16 @@ def test_plot_training_draws_the_summary():
     torch.manual_seed(0)
     task = TwoMoons()
     theta = task.prior.sample((150,))
-    inference = JeffreysNPE(task.prior, tracker=NoTracker(), show_progress_bars=False)
+    inference = JeffreysNPE(
+        task.prior, "maf", tracker=NoTracker(), show_progress_bars=False
+    )
     with pytest.warns(UserWarning, match="Maximum number of epochs"):
         inference.append_simulations(theta, task.simulator(theta)).train(
             max_num_epochs=4
         )
     # An epoch of every stage: where a model did not learn there is NaN, and a gap.
-    assert inference.summary["stage"] == ["flow"] * 2 + ["proxy"] * 2 + ["joint"]
+    stages = ["flow"] * 2 + ["proxy"] * 2 + ["distillation"]
+    assert inference.summary["stage"] == stages
     figure, axes = plot_training(inference.summary, fig_kwargs={"figsize": (9, 2)})
     lines = {line.get_label(): line for ax in axes for line in ax.get_lines()}
     drawn = lines["proxy, $D_3$"].get_ydata()

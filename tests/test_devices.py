@@ -79,7 +79,7 @@ def devices_of(estimator):
 def test_training(device, data_device, kind):
     inference = train(device, kind, data_device)
     assert devices_of(inference._neural_net) == {device}
-    assert inference.summary["stage"] == ["flow", "proxy", "joint"]
+    assert inference.summary["stage"] == ["flow", "proxy", "distillation"]
     assert_epochs_are_finite(inference.summary)
     x_o = torch.full((1, 2), 0.5)
     for sample_with in ("direct", "refined"):

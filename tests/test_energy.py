@@ -12,6 +12,7 @@ from torch.distributions import Independent, Laplace, MultivariateNormal
 
 from sbi_jeffreys import ConditionalEnergy, energy_nn
 from sbi_jeffreys.base_measure import LebesgueMeasure, PriorMeasure
+from sbi_jeffreys.energy import ConditionDropout
 from sbi_jeffreys.features import Features
 
 PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
@@ -98,19 +99,68 @@ def test_options_reach_the_network():
         calls.append(len(h))
         return torch.tanh(h)
 
-    assert {m.p for m in build().modules() if isinstance(m, nn.Dropout)} == {0.1}
+    dropouts = [m for m in build().modules() if isinstance(m, ConditionDropout)]
+    assert {dropout.probability for dropout in dropouts} == {0.1}
     proxy = build(hidden_features=12, num_blocks=4, activation=activation, dropout=0.5)
     assert {
         m.in_features for m in proxy.net.blocks.modules() if hasattr(m, "bias")
     } == {12}
     assert len(proxy.net.blocks) == 4
-    assert count(proxy, nn.Dropout) == 4
+    assert count(proxy, ConditionDropout) == 4
+    assert count(proxy, nn.Dropout) == 0  # of nflows' blocks, a mask for every sample
     theta, x = simulations(6)
     randomize(proxy)
     assert torch.equal(proxy(theta[None], x), proxy(theta[None], x))
     assert calls
     proxy.train()
     assert not torch.equal(proxy(theta[None], x), proxy(theta[None], x))
+
+
+def test_dropout_has_one_mask_for_all_samples_of_a_condition():
+    dropout = ConditionDropout(0.3)
+    hidden = torch.randn(7, 400, 50)
+    dropped = dropout(hidden)
+    mask = dropped / hidden
+    assert set(mask.mul(0.7).round(decimals=4).unique().tolist()) == {0.0, 1.0}
+    # All samples of a condition, as one energy at that condition.
+    torch.testing.assert_close(mask, mask[:1].expand_as(mask))
+    # But each condition has its own, of units that are left out independently.
+    kept = (mask[0] > 0).double()
+    assert len(kept.unique(dim=0)) == 400
+    error = math.sqrt(0.3 * 0.7 / 400)
+    assert ((kept.mean(0) - 0.7).abs() < 4 * error).all()
+    assert abs(kept.mean().item() - 0.7) < 4 * error / math.sqrt(50)
+    correlation = torch.corrcoef(kept.T) - torch.eye(50)
+    assert correlation.abs().max() < 5 / math.sqrt(400)
+    # And other ones the next time.
+    assert not torch.equal(dropout(hidden), dropped)
+    assert torch.equal(dropout.eval()(hidden), hidden)
+
+
+def test_dropout_preserves_the_mean():
+    dropout = ConditionDropout(0.3)
+    hidden = torch.tensor([[[1.0, -2.0, 5.0]], [[0.5, 3.0, 0.0]]])
+    dropped = torch.stack([dropout(hidden) for _ in range(4000)])
+    # A unit is h / 0.7 with probability 0.7, and 0 else.
+    error = hidden.abs() * math.sqrt(0.3 / 0.7 / 4000)
+    assert ((dropped.mean(0) - hidden).abs() <= 4 * error).all()
+    nothing = ConditionDropout(0.0)
+    assert torch.equal(nothing(hidden), hidden)
+
+
+def test_samples_of_a_condition_are_compared_by_one_energy():
+    proxy = randomize(build(hidden_features=20, dropout=0.5)).train()
+    theta, x = simulations(6)
+    points = torch.stack((theta, theta.roll(1, 0), theta))
+    x[1] = x[0]
+    points[:, 1] = points[:, 0]
+    f = proxy(points, x)
+    torch.testing.assert_close(f[0], f[2])
+    assert not torch.equal(f[0], f[1])
+    # The same outputs a second time are another condition of the batch.
+    assert (f[0, 0] - f[0, 1]).abs() > 1e-3
+    f = proxy.eval()(points, x)
+    torch.testing.assert_close(f[:, 0], f[:, 1])
 
 
 @pytest.mark.parametrize("option", ["features", "independent", "structured"])

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from sbi_jeffreys import JeffreysObjective, energy_nn
-from sbi_jeffreys.objective import Proposals
+from sbi_jeffreys.objective import Proposals, ProxySamples
 from sbi_jeffreys.partition import LogPartition
 
 PRIOR = MultivariateNormal(
@@ -182,6 +182,276 @@ def test_reverse_divergence_of_the_flow_leaves_the_proxy(flow, net, proxy):
         value.sum(), list(net.parameters()), allow_unused=True
     )
     assert all(g is None or (g == 0).all() for g in gradients)
+
+
+# ------------------------------------------------------- samples of the proxy, and both
+# divergences between the models
+
+
+@pytest.fixture(params=["box", "normal"])
+def line(request):
+    """A proxy of one parameter with its density on a grid, and a poor flow."""
+    prior = BoxUniform(-2 * torch.ones(1), 2 * torch.ones(1))
+    limit = 2
+    if request.param == "normal":
+        prior, limit = MultivariateNormal(torch.zeros(1), torch.eye(1)), 8
+    simulated = prior.sample((300,))
+    outputs = simulated + 0.5 * torch.randn(300, 1)
+    proxy = energy_nn(20, 1)(simulated, outputs, prior).eval()
+    torch.nn.init.normal_(proxy.net.final_layer.weight, std=0.7)
+    # It leaks beyond the box, and is elsewhere than the proxy.
+    flow = LinearGaussianFlow(-torch.ones(1, 1), torch.ones(1), 0.8 * torch.eye(1))
+    points, cell = grid(-limit, limit, 4000, 1)
+    points = points.float().unsqueeze(1).expand(-1, 3, -1)
+    with torch.no_grad():
+        log_q = proxy.log_unnormalized(points, X)
+    return flow, proxy, points, log_q, cell
+
+
+def test_samples_of_the_proxy_against_quadrature(line):
+    flow, proxy, points, log_unnormalized, cell = line
+    log_z = log_integral(log_unnormalized, cell)
+    log_q = log_unnormalized - log_z
+
+    def moments(theta, log_q, weights):
+        """Of all that the samples come with: location, width, shape and entropy."""
+        theta = theta[..., 0]
+        functions = (theta, theta**2, (3 * theta).sin(), log_q)
+        return torch.stack([(weights * values).sum(0) for values in functions])
+
+    expected = moments(points, log_q, log_q.exp() * cell)
+    objective = JeffreysObjective(400, 400)
+
+    def estimates():
+        proposals = objective.propose(flow, proxy, X)
+        drawn = objective.sample_proxy(proxy, X, proposals, 300)
+        assert drawn.theta.shape == (300, 3, 1)
+        assert drawn.log_prob.shape == (300, 3)
+        assert drawn.log_partition.shape == drawn.effective_sample_size.shape == (3,)
+        assert not drawn.theta.requires_grad and not drawn.log_prob.requires_grad
+        assert proxy.base.log_prob(drawn.theta).isfinite().all()
+        # Each is a proposal of its own condition.
+        same = drawn.theta[:, None] == proposals.theta
+        assert same.all(-1).any(1).all()
+        torch.testing.assert_close(
+            drawn.log_prob + drawn.log_partition,
+            proxy.log_unnormalized(drawn.theta, X).detach(),
+        )
+        found = moments(drawn.theta, drawn.log_prob, torch.full((300, 3), 1 / 300))
+        return torch.cat((found, drawn.log_partition[None]))
+
+    mean, error = mean_and_standard_error(estimates, repeats=100)
+    expected = torch.cat((expected, log_z[None]))
+    # Resampling from 800 is biased by less than a hundredth.
+    assert ((mean - expected).abs() < 4 * error + 0.01).all()
+    assert error.max() < 0.02
+    # Those of the proposals, all alike, would be others.
+    theta = objective.propose(flow, proxy, X, multiple=20).theta[..., 0]
+    assert ((theta.mean(0) - expected[0]).abs() > 8 * error[0] + 0.05).any()
+
+
+def test_samples_of_the_proxy_have_its_weights(flow, net, proxy, prior):
+    """In two dimensions, against the closed form; and how even the weights are."""
+    objective = JeffreysObjective(1000, 1000)
+    q, log_z = gaussian_proxy_posterior(net, X, prior)
+
+    def estimates():
+        proposals = objective.propose(flow, proxy, X)
+        drawn = objective.sample_proxy(proxy, X, proposals, 1000)
+        theta = drawn.theta - q.mean
+        covariance = torch.einsum("sbi,sbj->bij", theta, theta) / 1000
+        log_prob = (drawn.log_prob - q.log_prob(drawn.theta)).mean(0)
+        assert (drawn.effective_sample_size > 50).all()
+        assert (drawn.effective_sample_size < 2000).all()
+        parts = theta.mean(0), covariance.flatten(1), log_prob[:, None]
+        return torch.cat(parts, 1).detach()
+
+    mean, error = mean_and_standard_error(estimates, repeats=40)
+    covariances = q.covariance_matrix.expand(3, 2, 2).flatten(1)
+    expected = torch.cat((torch.zeros(3, 2), covariances, torch.zeros(3, 1)), 1)
+    assert ((mean - expected).abs() < 4 * error + 5e-3).all()
+    assert error.max() < 0.05
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_where_no_weight_is_a_number_any_sample_is_drawn(flow, proxy, value):
+    objective = JeffreysObjective(6, 4)
+    proposals = objective.propose(flow, proxy, X)
+    proposals.log_weights[:, 1] = value
+    drawn = objective.sample_proxy(proxy, X, proposals, 200)
+    assert drawn.theta.isfinite().all()
+    assert len(drawn.theta[:, 1].unique(dim=0)) == 10
+    assert drawn.log_prob[:, [0, 2]].isfinite().all()
+    assert not drawn.log_prob[:, 1].isfinite().any()
+
+
+def test_samples_of_the_proxy_at_some_conditions(flow, proxy):
+    objective = JeffreysObjective(20, 20)
+    x = torch.randn(5, 1)
+    whole = objective.sample_proxy(proxy, x, objective.propose(flow, proxy, x), 7)
+    index = torch.tensor([3, 0, 3])
+    part = whole.at(index)
+    halves = [whole.at(torch.arange(2)), whole.at(torch.arange(2, 5))]
+    joined = ProxySamples.concatenate(halves)
+    few = whole.subset(3)
+    assert few.theta.shape == (3, 5, 2)
+    for name, value in vars(whole).items():
+        axis = 0 if value.ndim == 1 else 1
+        assert torch.equal(getattr(part, name), value.index_select(axis, index))
+        assert torch.equal(getattr(joined, name), value)
+    # Samples and densities of a subset belong together, and none is taken twice.
+    log_q = proxy.log_unnormalized(few.theta, x) - few.log_partition
+    torch.testing.assert_close(few.log_prob, log_q.detach())
+    assert torch.equal(few.log_partition, whole.log_partition)
+    torch.testing.assert_close(
+        whole.subset(7).log_prob.sort(0).values, whole.log_prob.sort(0).values
+    )
+    chosen = torch.stack([whole.subset(3).log_prob[:, 0].sum() for _ in range(400)])
+    spread = chosen.std() / 400**0.5
+    assert (chosen.mean() / 3 - whole.log_prob[:, 0].mean()).abs() < 4 / 3 * spread
+
+
+def exact_samples(q, log_z, num):
+    """Return samples of a Gaussian proxy as it would draw them, but independent."""
+    theta = q.sample(torch.Size((num,)))
+    size = torch.full((len(log_z),), float(num))
+    return ProxySamples(theta, q.log_prob(theta), log_z, size)
+
+
+def test_forward_divergence_to_the_proxy_and_its_gradient(flow, net, proxy, prior):
+    objective = JeffreysObjective()
+    q, log_z = gaussian_proxy_posterior(net, X, prior)
+    q = MultivariateNormal(q.mean.detach(), q.covariance_matrix.detach())
+    log_z = log_z.detach()
+    divergence = kl_divergence(q, flow.distribution(X))
+    gradient = flat_gradient(divergence.sum(), flow)
+    assert gradient.norm() > 1
+
+    def estimates():
+        samples = exact_samples(q, log_z, 500)
+        value = objective.forward_kl_to_proxy(flow, X, samples)
+        assert value.shape == (3,)
+        return torch.cat((value.detach(), flat_gradient(value.sum(), flow)))
+
+    mean, error = mean_and_standard_error(estimates, repeats=40)
+    expected = torch.cat((divergence.detach(), gradient))
+    assert ((mean - expected).abs() < 4 * error + 1e-5).all()
+    assert error.max() < 0.2
+
+    # From the samples that the proxy draws itself, the same.
+    wide = JeffreysObjective(1000, 1000)
+
+    def own():
+        drawn = wide.sample_proxy(proxy, X, wide.propose(flow, proxy, X), 500)
+        value = wide.forward_kl_to_proxy(flow, X, drawn)
+        gradients = torch.autograd.grad(
+            value.sum(), list(net.parameters()), allow_unused=True, retain_graph=True
+        )
+        assert all(each is None for each in gradients)
+        return torch.cat((value.detach(), flat_gradient(value.sum(), flow)))
+
+    mean, error = mean_and_standard_error(own, repeats=40)
+    assert ((mean - expected).abs() < 4 * error + 0.01 * gradient.norm()).all()
+
+
+def in_double_precision(flow, net):
+    flow, net = flow.double(), net.double()
+    proxy = gaussian_proxy(net)
+    q, log_z = gaussian_proxy_posterior(net, X.double())
+    q = MultivariateNormal(q.mean.detach(), q.covariance_matrix.detach())
+    return flow, proxy, q, log_z.detach()
+
+
+def finite_differences(function, flow, step=1e-5):
+    """Return the gradient of a function of no arguments to a flow's parameters."""
+    gradient = []
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            for index in range(parameter.numel()):
+                values = []
+                for sign in (1, -1):
+                    parameter.view(-1)[index] += sign * step
+                    values.append(function())
+                    parameter.view(-1)[index] -= sign * step
+                gradient.append((values[0] - values[1]) / (2 * step))
+    return torch.stack(gradient)
+
+
+def test_gradients_of_both_divergences_by_finite_differences(flow, net):
+    flow, proxy, q, log_z = in_double_precision(flow, net)
+    x, objective = X.double(), JeffreysObjective(num_reverse_samples=20_000)
+    samples = exact_samples(q, log_z, 50)
+
+    def forward():
+        return objective.forward_kl_to_proxy(flow, x, samples).sum()
+
+    torch.testing.assert_close(
+        flat_gradient(forward(), flow), finite_differences(forward, flow)
+    )
+
+    # Of the reverse one the value of one method, and the gradient of the other; with
+    # the same random numbers, that of the samples that move.
+    def reverse():
+        torch.manual_seed(3)
+        return objective.reverse_kl(flow, proxy, x, log_z, 20_000).sum()
+
+    value = objective.reverse_kl_of_flow(flow, proxy, x, log_z)
+    path = flat_gradient(value.sum(), flow)
+    assert path.norm() > 1
+    differences = finite_differences(reverse, flow)
+    # The score, which the path gradient leaves out, is zero in the mean alone.
+    assert ((path - differences).abs() < 0.02 * path.norm()).all()
+
+
+def test_reverse_divergence_of_fresh_samples(flow, net, proxy, prior):
+    objective = JeffreysObjective()
+    q, log_z = gaussian_proxy_posterior(net, X, prior)
+    divergence = kl_divergence(flow.distribution(X), q)
+
+    def estimates():
+        value = objective.reverse_kl(flow, proxy, X, log_z, 500)
+        assert value.shape == (3,)
+        assert not value.requires_grad
+        return value
+
+    mean, error = mean_and_standard_error(estimates, repeats=40)
+    assert ((mean - divergence).abs() < 4 * error).all()
+    assert error.max() < 0.03
+    # They are fresh: no two are the same.
+    assert not torch.equal(estimates(), estimates())
+    # Log Z enters as it is given.
+    torch.manual_seed(0)
+    value = estimates()
+    torch.manual_seed(0)
+    shifted = objective.reverse_kl(flow, proxy, X, log_z + torch.arange(3), 500)
+    torch.testing.assert_close(shifted, value + torch.arange(3))
+
+
+def test_reverse_divergence_of_a_flow_that_leaves_the_support(line):
+    flow, proxy, points, log_unnormalized, cell = line
+    log_z = log_integral(log_unnormalized, cell)
+    value = JeffreysObjective().reverse_kl(flow, proxy, X, log_z, 2000)
+    assert value.isfinite().all()
+    # Not less than the divergence of what of it lies inside.
+    with torch.no_grad():
+        log_p = flow.log_prob(points, X)
+        inside = (log_p.exp() * (log_p - log_unnormalized + log_z)).sum(0) * cell
+    assert (value > inside - 0.2).all()
+
+
+def test_no_divergence_between_models_that_agree(net):
+    proxy = gaussian_proxy(net)
+    q, log_z = gaussian_proxy_posterior(net, X)
+    flow = LinearGaussianFlow(
+        net.weight.detach(), net.center.detach(), q.scale_tril.detach()[0]
+    )
+    objective = JeffreysObjective()
+    samples = exact_samples(q, log_z, 20)
+    for value in (
+        objective.forward_kl_to_proxy(flow, X, samples),
+        objective.reverse_kl(flow, proxy, X, log_z, 20),
+    ):
+        torch.testing.assert_close(value.detach(), torch.zeros(3), atol=1e-5, rtol=0)
 
 
 def test_proposals_of_some_conditions(flow, proxy):

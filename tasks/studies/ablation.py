@@ -53,6 +53,7 @@ NUM_SAMPLES = 300
 # The first is what the others are compared with.
 VARIANTS: dict[str, tuple[type[NPE], Callable[[], dict[str, Any]]]] = {
     "jeffreys": (JeffreysNPE, dict),
+    "jeffreys, maf": (JeffreysNPE, lambda: {"density_estimator": "maf"}),
     "jeffreys, nsf": (JeffreysNPE, lambda: {"density_estimator": "nsf"}),
     "jeffreys, weights fixed": (JeffreysNPE, lambda: {"weights": "fixed"}),
     "jeffreys, flow without residual coordinates": (
