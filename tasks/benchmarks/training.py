@@ -1,0 +1,248 @@
+"""What JeffreysNPE costs beside NPE: training, sampling, memory.
+
+    python -m tasks.benchmarks.training epochs
+    python -m tasks.benchmarks.training converged
+    python -m tasks.benchmarks.training sampling
+    python -m tasks.benchmarks.training memory
+
+Each figure is a ratio of two measurements that alternate in one run, on one core, with
+the same simulations, the same flow, the same batches and the same number of gradient
+steps. `epochs` divides seconds per epoch: of each stage of the training, and of all
+three in equal parts, sets of samples included. `converged` trains both with all
+defaults until they stop. `sampling` times 10,000 samples, their densities and the
+refined posterior. `memory` compares peaks of processes that train three epochs on
+100,000 simulations.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from sbi.inference import NPE
+
+from sbi_jeffreys import FixedWeights, JeffreysNPE, NoTracker
+from tasks import get_task
+from tasks.task import Task
+
+TASKS = ("two_moons", "slcp", "bernoulli_glm")
+# Epochs of a measurement by the number of simulations, a multiple of three stages.
+EPOCHS = {1_000: 90, 10_000: 30, 100_000: 6}
+REPETITIONS = 3
+NUM_SAMPLES = 10_000
+
+
+class TimedNPE(NPE):
+    """NPE that notes when its epochs end."""
+
+    def _summarize_epoch(self, *args: Any, **kwargs: Any) -> None:
+        super()._summarize_epoch(*args, **kwargs)
+        vars(self).setdefault("ends", []).append(("npe", time.perf_counter()))
+
+
+class TimedJeffreysNPE(JeffreysNPE):
+    """JeffreysNPE that notes when its epochs end, and the stage of each."""
+
+    def _summarize_epoch(self, *args: Any, **kwargs: Any) -> None:
+        super()._summarize_epoch(*args, **kwargs)
+        end = (self.summary["stage"][-1], time.perf_counter())
+        vars(self).setdefault("ends", []).append(end)
+
+
+def trainer(kind: type, task: Task, budget: int, **kwargs: Any) -> Any:
+    """Return a trainer with simulations."""
+    torch.manual_seed(0)
+    theta = task.prior.sample((budget,))
+    inference = kind(
+        task.prior, tracker=NoTracker(), show_progress_bars=False, **kwargs
+    )
+    return inference.append_simulations(theta, task.simulator(theta))
+
+
+def time_epochs(
+    kind: type, task: Task, budget: int, epochs: int, flow: str, **kwargs: Any
+) -> dict[str, float]:
+    """Train for so many epochs; return seconds per epoch of each stage and of all.
+
+    The time before the first epoch, in which networks are built, is left out.
+    """
+    inference = trainer(kind, task, budget, density_estimator=flow, **kwargs)
+    # Tests of convergence must not end a stage before its third of the epochs.
+    inference.train(max_num_epochs=epochs - 1, stop_after_epochs=epochs)
+    ends = inference.ends
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for (_, before), (stage, end) in zip(ends[:-1], ends[1:], strict=True):
+        seconds[stage].append(end - before)
+    result = {stage: sum(s) / len(s) for stage, s in seconds.items()}
+    result["all"] = sum(result.values()) / len(result)
+    return result
+
+
+def best_of(function: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Return the shortest times of several runs: other work can only add."""
+    runs = [function() for _ in range(REPETITIONS)]
+    return {name: min(run[name] for run in runs) for name in runs[0]}
+
+
+def epochs(flow: str, budgets: list[int]) -> None:
+    """Print seconds per epoch over NPE's."""
+    print(
+        "| task | simulations | NPE, ms per epoch | likelihood alone | flow | proxy "
+        "| distillation | all |\n|---|---|---|---|---|---|---|---|"
+    )
+    for name in TASKS:
+        for budget in budgets:
+            task, num = get_task(name), EPOCHS[budget]
+            kinds = (
+                (TimedNPE, {}),
+                (TimedJeffreysNPE, {"weights": FixedWeights((1.0, 0.0, 0.0))}),
+                (TimedJeffreysNPE, {}),
+            )
+            npe, alone, ours = (
+                best_of(
+                    partial(time_epochs, kind, task, budget, num, flow=flow, **kwargs)
+                )
+                for kind, kwargs in kinds
+            )
+            ratios = [alone["all"], *(ours[s] for s in ("flow", "proxy"))]
+            ratios += [ours["distillation"], ours["all"]]
+            cells = " | ".join(f"{r / npe['all']:.2f}" for r in ratios)
+            print(
+                f"| {name} | {budget} | {1e3 * npe['all']:.0f} | {cells} |", flush=True
+            )
+
+
+def converged(budgets: list[int]) -> None:
+    """Print seconds to convergence, all defaults, over NPE's with maf and with nsf."""
+    print("| task | simulations | JeffreysNPE, s | / NPE (maf) | / NPE (nsf) |")
+    print("|---|---|---|---|---|")
+    for name in TASKS:
+        for budget in budgets:
+            task, seconds = get_task(name), []
+            for kind, kwargs in (
+                (JeffreysNPE, {}),
+                (NPE, {"density_estimator": "maf"}),
+                (NPE, {"density_estimator": "nsf"}),
+            ):
+                inference = trainer(kind, task, budget, **kwargs)
+                start = time.perf_counter()
+                inference.train()
+                seconds.append(time.perf_counter() - start)
+            ours, maf, nsf = seconds
+            cells = f"{ours:.0f} | {ours / maf:.1f} | {ours / nsf:.1f}"
+            print(f"| {name} | {budget} | {cells} |", flush=True)
+
+
+def sampling(flow: str) -> None:
+    """Print seconds for samples and densities over those of NPE's."""
+    print("| task | samples | densities | refined samples / the flow's |")
+    print("|---|---|---|---|")
+    for name in TASKS:
+        task = get_task(name)
+        fits = []
+        for kind in (NPE, JeffreysNPE):
+            inference = trainer(kind, task, 1_000, density_estimator=flow)
+            inference.train(max_num_epochs=60)
+            fits.append(inference)
+        x = task.simulator(task.prior.sample((1,)))
+        npe, ours = (fit.build_posterior() for fit in fits)
+        refined = fits[1].build_posterior(sample_with="refined")
+        theta = task.prior.sample((NUM_SAMPLES,))
+
+        def sample(posterior: Any, x: torch.Tensor = x) -> dict[str, float]:
+            start = time.perf_counter()
+            posterior.sample((NUM_SAMPLES,), x=x, show_progress_bars=False)
+            return {"seconds": time.perf_counter() - start}
+
+        def density(
+            posterior: Any, theta: torch.Tensor = theta, x: torch.Tensor = x
+        ) -> dict[str, float]:
+            start = time.perf_counter()
+            # The normalising constant of a bounded prior is another draw of samples.
+            posterior.log_prob(theta, x=x, norm_posterior=False)
+            return {"seconds": time.perf_counter() - start}
+
+        times = [
+            best_of(lambda f=f, p=p: f(p))["seconds"]
+            for f, p in (
+                (sample, npe),
+                (sample, ours),
+                (density, npe),
+                (density, ours),
+                (sample, refined),
+            )
+        ]
+        ratios = (times[1] / times[0], times[3] / times[2], times[4] / times[1])
+        print(
+            f"| {name} | " + " | ".join(f"{r:.2f}" for r in ratios) + " |", flush=True
+        )
+
+
+def memory(flow: str) -> None:
+    """Print peaks of memory over NPE's, less that of the imports."""
+    print("| task | NPE, MB | JeffreysNPE / NPE |\n|---|---|---|")
+    for name in TASKS:
+        peaks = []
+        for kind in ("NPE", "JeffreysNPE"):
+            command = [sys.executable, "-m", "tasks.benchmarks.training", "peak"]
+            run = subprocess.run(
+                [*command, kind, name, "--flow", flow],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            peaks.append(float(run.stdout.split()[-1]))
+        print(f"| {name} | {peaks[0]:.0f} | {peaks[1] / peaks[0]:.2f} |", flush=True)
+
+
+def peak(kind: str, name: str, flow: str) -> None:
+    """Train three epochs on 100,000 simulations; print the growth of memory in MB."""
+    task = get_task(name)
+    trainer(NPE, task, 1_000, density_estimator=flow).train(max_num_epochs=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kinds = {"NPE": NPE, "JeffreysNPE": JeffreysNPE}
+    inference = trainer(kinds[kind], task, 100_000, density_estimator=flow)
+    inference.train(max_num_epochs=2)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print((after - before) / 1024)
+
+
+def main() -> None:
+    """Run a measurement from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    measurements = parser.add_subparsers(dest="measurement", required=True)
+    for name in ("epochs", "converged", "sampling", "memory", "peak"):
+        measurement = measurements.add_parser(name)
+        if name == "peak":
+            measurement.add_argument("kind", choices=("NPE", "JeffreysNPE"))
+            measurement.add_argument("task", choices=TASKS)
+        if name != "converged":
+            measurement.add_argument("--flow", default="maf")
+        if name in ("epochs", "converged"):
+            measurement.add_argument(
+                "--budgets", type=int, nargs="+", choices=EPOCHS, default=[1_000]
+            )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.measurement == "epochs":
+        epochs(arguments.flow, arguments.budgets)
+    elif arguments.measurement == "converged":
+        converged(arguments.budgets)
+    elif arguments.measurement == "sampling":
+        sampling(arguments.flow)
+    elif arguments.measurement == "memory":
+        memory(arguments.flow)
+    else:
+        peak(arguments.kind, arguments.task, arguments.flow)
+
+
+if __name__ == "__main__":
+    main()
