@@ -4,6 +4,7 @@
 parts.
 """
 
+from sbi_jeffreys.density import JeffreysDensityEstimator
 from sbi_jeffreys.diagnostics import (
     FitCheck,
     ModelComparison,
@@ -30,6 +31,7 @@ __all__ = [
     "FitCheck",
     "FixedWeights",
     "HuberRelaxation",
+    "JeffreysDensityEstimator",
     "JeffreysEstimator",
     "JeffreysNPE",
     "JeffreysObjective",

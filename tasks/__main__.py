@@ -126,6 +126,52 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _density(options: argparse.Namespace) -> int:
+    """Make the rows of the density studies."""
+    import torch
+
+    from tasks.density.studies import STUDIES, execute, planned_runs
+    from tasks.density.table import run_all
+    from tasks.sweep import parse_numbers
+
+    torch.set_num_threads(options.threads)
+    seeds = parse_numbers("seeds", options.seeds)
+    runs = planned_runs(
+        list(STUDIES) if options.studies is None else options.studies, seeds
+    )
+    made = run_all(runs, execute, options.results, options.retry_failed)
+    return _tell(options, *made)
+
+
+def _images(options: argparse.Namespace) -> int:
+    """Make the rows of the study of images."""
+    from functools import partial
+
+    import torch
+
+    from tasks.density.images import ImageStudy, execute
+    from tasks.density.table import run_all
+    from tasks.sweep import parse_numbers
+
+    torch.set_num_threads(options.threads)
+    study = ImageStudy(options.folder, options.size, options.latent, options.epochs)
+    runs = study.runs(parse_numbers("seeds", options.seeds))
+    made = run_all(runs, partial(execute, study), options.results, options.retry_failed)
+    return _tell(options, *made)
+
+
+def _tell(options: argparse.Namespace, num_made: int, num_failed: int) -> int:
+    """Say what became of the rows of a density study, and plot them."""
+    print(f"{options.results}: {num_made} rows added, {num_failed} of them failed.")
+    if options.report is not None:
+        from tasks.density.report import write_report
+
+        print(f"{write_report(options.results, options.report)} written.")
+    if num_failed:
+        print("`--retry-failed` runs failed rows again.")
+    return 1 if num_failed else 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     """Run the demonstration."""
     from tasks.demo import main as demo
@@ -218,6 +264,59 @@ def _parser() -> argparse.ArgumentParser:
         help="method that the others are compared with in pairs (default jeffreys)",
     )
     report.set_defaults(command=_report)
+
+    studies = argparse.ArgumentParser(add_help=False)
+    studies.add_argument(
+        "--seeds", default="1-5", help="such as 1, 1-5 (default) or 1-3,7"
+    )
+    studies.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results/density"),
+        help="folder of the result table (default results/density)",
+    )
+    studies.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write tables and plots of all results into this folder afterwards",
+    )
+
+    density = commands.add_parser(
+        "density",
+        parents=[studies, work],
+        help="the paper's experiments on densities",
+    )
+    density.add_argument(
+        "--studies",
+        nargs="*",
+        metavar="STUDY",
+        help="dual_vs_penalty, stability, planar, tabular (default all; no name after "
+        "--studies for none)",
+    )
+    density.set_defaults(command=_density)
+
+    images = commands.add_parser(
+        "images",
+        parents=[studies, work],
+        help="images through the latent space of an autoencoder",
+    )
+    images.add_argument(
+        "--folder",
+        type=Path,
+        help="folder of images, subfolders being classes (default scikit-learn's "
+        "digits)",
+    )
+    images.add_argument(
+        "--size", type=int, default=32, help="pixels of a folder's images (default 32)"
+    )
+    images.add_argument(
+        "--latent", type=int, default=16, help="latent dimensions (default 16)"
+    )
+    images.add_argument(
+        "--epochs", type=int, default=90, help="of the density models (default 90)"
+    )
+    images.set_defaults(command=_images)
 
     demo = commands.add_parser("demo", help="NPE and JeffreysNPE on two_moons")
     demo.set_defaults(command=_demo)
