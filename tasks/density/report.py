@@ -2,7 +2,7 @@
 
 For every study that the result table holds, a fragment `NAME_results.inc` with the
 figures and a plot or two are written. Whether a claim holds is decided here, by rules
-that were written before most of their rows existed, and not changed for any of them.
+that were written before most of its rows existed, though not before the first.
 """
 
 import io
