@@ -178,7 +178,6 @@ MISSING = {
     "flow": TRAINING_METRICS_OF_PROXY + VALIDATION_METRICS_OF_PROXY,
     "proxy": TRAINING_METRICS_OF_FLOW,
     "distillation": TRAINING_METRICS_OF_PROXY,
-    "joint": (),
 }
 
 

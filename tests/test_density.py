@@ -265,9 +265,8 @@ def test_the_gaussian_of_few_samples_is_proper():
 
 @pytest.mark.slow
 def test_scikit_learns_own_checks():
-    networks = dict(flow="zuko_nsf", energy=energy_nn(8, 1))
     check_estimator(
-        JeffreysDensityEstimator(max_num_epochs=3, **networks),
+        JeffreysDensityEstimator("zuko_nsf", max_num_epochs=3),
         expected_failed_checks={
             "check_estimators_dtypes": "Integers are discrete: they have no density.",
             "check_methods_subset_invariance": "Equal in single precision only.",

@@ -34,10 +34,10 @@ pytestmark = pytest.mark.filterwarnings(
 PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
 
 
-def make(shared=False, cls=JeffreysNPE, **kwargs):
+def make(shared=False, **kwargs):
     torch.manual_seed(0)
     embedding: Dict[str, Any] = {"embedding_net": StatefulEmbedding()} if shared else {}
-    return cls(
+    return JeffreysNPE(
         PRIOR,
         posterior_nn("maf", hidden_features=8, num_transforms=2, **embedding),
         energy_estimator=energy_nn(8, 1, **embedding),
@@ -92,14 +92,9 @@ def split(state):
 
 
 def test_order():
-    assert [stage.next for stage in Stage] == [
-        Stage.PROXY,
-        Stage.DISTILLATION,
-        None,
-        None,
-    ]
-    assert [stage.trains_flow for stage in Stage] == [True, False, True, True]
-    assert [stage.trains_proxy for stage in Stage] == [False, True, False, True]
+    assert [stage.next for stage in Stage] == [Stage.PROXY, Stage.DISTILLATION, None]
+    assert [stage.trains_flow for stage in Stage] == [True, False, True]
+    assert [stage.trains_proxy for stage in Stage] == [False, True, False]
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -269,23 +264,6 @@ def test_flow_and_proxy_of_the_last_stage_come_nearer():
         reverse = values_of(inference.summary, "validation_reverse_kl")[-10:]
         distances[weights[1]] = sum(reverse) / 10
     assert 0 < distances[1] < 0.7 * distances[1e-9]
-
-
-def test_both_learn_at_once_where_that_is_asked_for():
-    class Jointly(JeffreysNPE):
-        def _first_stage(self):
-            return Stage.JOINT
-
-    inference = make(cls=Jointly)
-    states = record(inference)
-    train(inference, 8)
-    assert inference.summary["stage"] == ["joint"] * 8
-    for before, after, drawn in states:
-        assert not any(equal(a, b) for a, b in zip(before, after, strict=True))
-        assert drawn["proposals"] is not None and drawn["proxy samples"] is None
-    assert inference.summary["dual_reverse_kl"][0] != 1.0
-    assert inference.summary["trust"][0] > 0
-    assert_epochs_are_finite(inference.summary)
 
 
 def test_without_weight_on_the_proxy_training_ends_with_the_flow():
