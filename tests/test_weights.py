@@ -154,6 +154,34 @@ def test_trust_is_earned_and_smoothed():
     assert history == pytest.approx(expected, abs=1e-6)
 
 
+def test_trust_in_a_proxy_that_learns_alone_is_taken_as_it_is():
+    weights = AdaptiveWeights(smoothing=0.9)
+    for advantage in (0.02, -0.01, 0.05):
+        validation = divergences(1.0 + advantage, 0.5, 1.0, spread=0.3)
+        weights.measure_trust(validation)
+        z = torch.tensor(validation.advantage / validation.standard_error)
+        expected = Normal(0.0, 1.0).cdf(z).item()
+        assert 0.01 < expected < 0.99
+        # Of this proxy alone: no average with those before it.
+        assert weights.trust == pytest.approx(expected, abs=1e-5)
+    # The dual variables, and their baseline, belong to the flow's stage.
+    assert weights.dual_variables.tolist() == [1.0, 1.0, 1.0]
+    assert weights.entropy_baseline == math.inf
+    # From there the averages go on.
+    before = weights.trust
+    weights.update(divergences(5.0, 0.0, 1.0, spread=0.1))
+    assert weights.trust == pytest.approx(0.9 * before + 0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_proxy_that_is_no_number_is_not_trusted(value):
+    weights = AdaptiveWeights()
+    weights.measure_trust(divergences(5.0, 0.0, 1.0, spread=0.1))
+    assert weights.trust == pytest.approx(1.0)
+    weights.measure_trust(divergences(1.0, 0.0, value))
+    assert weights.trust == 0.0
+
+
 def test_validation_divergences_compare_in_pairs():
     # Simulations differ by ten nats, the models by 0.1 on every one of them.
     hard = 10 * torch.randn(500, dtype=torch.double)
@@ -175,6 +203,9 @@ def test_fixed_weights_are_fixed():
     weights = FixedWeights((1.0, 0.5, 2.0))
     duals = feed(weights, (100.0, 50.0, math.nan), epochs=10)
     assert duals == [1.0, 0.5, 2.0]
+    weights.measure_trust(divergences(100.0, 50.0, 1.0))
+    assert weights.dual_variables.tolist() == duals
+    assert math.isnan(weights.trust)
     assert weights.flow_share == 1.0
     assert FixedWeights().dual_variables.tolist() == [1.0, 1.0, 1.0]
 
