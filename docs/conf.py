@@ -1,14 +1,16 @@
 """Configuration of Sphinx, with the theme and the extensions of sbi's documentation.
 
-`tutorials` and `reports` are links to the folders of the repository: notebooks are
-shown with the outputs they were committed with, and the figures of the benchmark are
-those of the committed report.
+`reports` is a link to the folder of the repository, and `tutorials` is copied from it
+when the site is built, since links between notebooks are not followed through a link:
+notebooks are shown with the outputs they were committed with, and the figures of the
+benchmark are those of the committed report.
 """
 
 import csv
 import logging
 import math
 import re
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,6 +18,12 @@ from sbi_jeffreys import __version__
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REPORT = REPOSITORY / "tasks/reports/against_npe_1000"
+shutil.copytree(
+    REPOSITORY / "tutorials",
+    REPOSITORY / "docs/tutorials",
+    ignore=lambda folder, names: [n for n in names if not n.endswith(".ipynb")],
+    dirs_exist_ok=True,
+)
 
 project = "sbi-jeffreys"
 author = "The sbi-jeffreys developers"

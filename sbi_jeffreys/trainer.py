@@ -691,6 +691,7 @@ class JeffreysNPE(NPE):
                 "for NaN, infinite or extreme values in theta and x, and try a lower "
                 "learning_rate."
             ) from error
+        failed = self._candidate
         restore(self, state)
         num_epochs = state["epoch"]
         if isinstance(error, KeyboardInterrupt):
@@ -698,21 +699,32 @@ class JeffreysNPE(NPE):
         if not numerical:
             self._restore_best()
             raise error
-        if self._num_retries == MAX_RETRIES and not self._start_next_candidate():
-            return (
-                f"Training was stopped after {num_epochs} epochs: the next one turned "
-                f"NaN or infinite {MAX_RETRIES + 1} times ({error!r})."
+        if failed is not None and failed != self._candidate:
+            self._start_candidate(failed)  # in its first epoch
+        if self._num_retries == MAX_RETRIES:
+            what = (
+                f"after {num_epochs} epochs: the next one turned NaN or infinite "
+                f"{MAX_RETRIES + 1} times ({error!r})."
             )
+            if failed is None:
+                return f"Training was stopped {what}"
+            warnings.warn(
+                f"Candidate {failed} of the flow is passed over {what}", stacklevel=6
+            )
+            self._num_retries = 0
+            if not self._start_next_candidate():
+                self._start_next_stage()
+            return None
         # Other random numbers and smaller steps.
         self._num_retries += 1
-        if self._num_retries > 1:  # the last complete epoch was no good start
-            self._restore_best()
+        if self._num_retries > 1 and failed is None:
+            self._restore_best()  # the last complete epoch was no good start
         for group in self.optimizer.param_groups:
             group["lr"] /= 2**self._num_retries
+        start = "last" if self._num_retries == 1 or failed is not None else "best"
         warnings.warn(
             f"After {num_epochs} complete epochs training turned NaN or infinite "
-            f"({error!r}). It goes on from the "
-            f"{'last' if self._num_retries == 1 else 'best'} of them, with a learning "
+            f"({error!r}). It goes on from the {start} of them, with a learning "
             f"rate of {self.optimizer.param_groups[0]['lr']:.3g}.",
             stacklevel=6,
         )
@@ -1112,24 +1124,27 @@ class JeffreysNPE(NPE):
             self._proxy_share = self._weights.flow_share
             del self._best["flow"]
 
-    def _start_next_candidate(self) -> bool:
-        """Let the flow's next candidate learn, if there is one.
-
-        Returns:
-            Whether there is one.
-        """
+    @property
+    def _candidate(self) -> Optional[int]:
+        """Index of the flow's candidate that learns, `None` where there are none."""
         flow = self._estimator.flow
-        if not (
-            self._is_new
-            and self._stage is Stage.FLOW
-            and isinstance(flow, FlowCandidates)
-            and flow.active + 1 < len(flow)
-        ):
-            return False
-        flow.active += 1
+        if self._stage is Stage.FLOW and self._is_new:
+            return flow.active if isinstance(flow, FlowCandidates) else None
+        return None
+
+    def _start_candidate(self, index: int) -> None:
+        flow = self._estimator.flow
+        assert isinstance(flow, FlowCandidates)
+        flow.active = index
         self._candidate_start = self.epoch
         self._best_of_candidate = (math.inf, self.epoch - 1)
-        self._num_retries = 0
+
+    def _start_next_candidate(self) -> bool:
+        """Let the flow's next candidate learn, and return whether there is one."""
+        flow, index = self._estimator.flow, self._candidate
+        if index is None or index + 1 == len(flow):  # type: ignore[arg-type]
+            return False
+        self._start_candidate(index + 1)
         return True
 
     def _keep_best(self, name: str, score: float, loss: float) -> bool:

@@ -58,7 +58,9 @@ def blocks(path, language):
 
 def shortened(code):
     """Return the code with three epochs for every training and few samples."""
-    code = re.sub(r"\.train\((?!.*max_num_epochs)", ".train(max_num_epochs=3, ", code)
+    for call in (r".train(", "JeffreysDensityEstimator("):
+        pattern = re.escape(call) + "(?!.*max_num_epochs)"
+        code = re.sub(pattern, call + "max_num_epochs=3, ", code)
     return code.replace("(10_000,)", "(100,)")
 
 
@@ -109,7 +111,8 @@ def commands():
     """Return every command in blocks of bash, or indented, with its page."""
     found = {}
     for page in [*PAGES, ROOT / "tasks/README.md"]:
-        lines = [part for _, text in blocks(page, "bash") for part in text.splitlines()]
+        texts = [text.replace("\\\n", " ") for _, text in blocks(page, "bash")]
+        lines = [line for text in texts for line in text.splitlines()]
         lines += re.findall(r"^    ((?:python|make|pip) .*)$", page.read_text(), re.M)
         for line in filter(None, (line.split("#")[0].strip() for line in lines)):
             found.setdefault(line, page)

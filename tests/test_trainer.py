@@ -12,8 +12,10 @@ import torch
 from helpers import (
     LinearGaussianFlow,
     QuadraticEnergy,
+    flat_gradient,
     gaussian_proxy,
     interrupt_before,
+    mean_and_standard_error,
     steps_and_values,
     values_of,
 )
@@ -501,7 +503,7 @@ def test_every_divergence_trains_what_it_should():
             assert fall[29] < 0.5 * fall[20]
 
 
-def train_closed_forms(flow_shift=0.0, energy_shift=0.0, **kwargs):
+def train_closed_forms(flow_shift=0.0, energy_shift=0.0, weights="adaptive", **kwargs):
     """Train Gaussians, of which all is known, so slowly that they stay.
 
     Those without shifts are the posterior of `simulate`, away from the prior's edges.
@@ -512,6 +514,7 @@ def train_closed_forms(flow_shift=0.0, energy_shift=0.0, **kwargs):
         torch.eye(2), torch.full((2,), energy_shift), torch.linalg.inv(root)
     )
     inference = make(
+        weights=weights,
         density_estimator=lambda theta, x: flow,
         energy_estimator=lambda theta, x, prior: gaussian_proxy(net),
     )
@@ -576,6 +579,45 @@ def test_trust_follows_the_better_model():
     ):
         inference, _ = train_closed_forms(flow_shift, energy_shift, max_num_epochs=45)
         assert low <= inference.weights.trust <= high
+
+
+def test_the_flow_that_follows_has_the_gradient_of_both_divergences():
+    class Half(FixedWeights):
+        @property
+        def flow_share(self):
+            return 0.5
+
+    inference, estimator = train_closed_forms(0.1, -0.2, weights=Half((1, 3, 1)))
+    assert inference.summary["stage"][-1] == "distillation"
+    flow, (_, x) = estimator.flow, simulate(500)
+    x = x[inference.train_indices]
+    proxy = MultivariateNormal(x - 0.2, torch.eye(2) / 4)
+    jeffreys = torch.distributions.kl_divergence(
+        flow.distribution(x), proxy
+    ) + torch.distributions.kl_divergence(proxy, flow.distribution(x))
+    # The dual variable, times the share of the flow.
+    expected = flat_gradient(3 * 0.5 * jeffreys.mean(), flow)
+    loader = inference.get_dataloaders(0, 450, 0.1, resume_training=True)[0]
+
+    def estimate():
+        # Every second step takes the reverse divergence, twice.
+        inference._proxy_samples = {}
+        gradients = [
+            flat_gradient(
+                inference._divergences_of_models(batch, loader, with_reverse).mean(),
+                flow,
+            )
+            for with_reverse in (True, False)
+            for batch in loader
+        ]
+        assert len(gradients) == 2
+        return torch.stack(gradients).mean(0)
+
+    mean, error = mean_and_standard_error(estimate, 40)
+    assert expected.norm() > 1
+    # Resampling from sixty-four samples is biased by some per cent.
+    assert ((mean - expected).abs() < 4 * error + 0.05 * expected.norm()).all()
+    assert error.norm() < 0.1 * expected.norm()
 
 
 def test_calibration_kernel_weighs_all_divergences():
