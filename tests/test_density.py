@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
-from sbi_jeffreys import FixedWeights, JeffreysDensityEstimator, energy_nn
+from sbi_jeffreys import FixedWeights, JeffreysDensityEstimator
 from sbi_jeffreys.density import SharedPartitionObjective, gaussian_of
 from sbi_jeffreys.objective import JeffreysObjective, Proposals
 from sbi_jeffreys.partition import from_log_weights
