@@ -713,7 +713,10 @@ class JeffreysNPE(NPE):
             )
             self._num_retries = 0
             if not self._start_next_candidate():
+                if not self._weights.dual_variables[1:].any():  # no stage follows
+                    return f"Training was stopped {what}"
                 self._start_next_stage()
+                self._last_epoch = capture(self, num_epochs)  # not to come back here
             return None
         # Other random numbers and smaller steps.
         self._num_retries += 1

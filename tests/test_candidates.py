@@ -28,6 +28,7 @@ from sbi_jeffreys import (
     energy_nn,
 )
 from sbi_jeffreys.candidates import FlowCandidates, build_candidates
+from sbi_jeffreys.energy import EnergyNet
 from sbi_jeffreys.flow import check_has_rsample, rsample_and_log_prob
 from sbi_jeffreys.residual_flow import ResidualFlow
 
@@ -500,6 +501,37 @@ def test_candidates_that_all_stay_nan_end_with_the_best_before():
     assert_sound(inference)
 
 
+def test_a_last_candidate_that_stays_nan_ends_a_training_without_proxy():
+    builder = of(gaussian, poisoned(range(1, 10_000)))
+    inference = make(builder, weights=FixedWeights((1, 0, 0)))
+    with pytest.warns(UserWarning, match="Training was stopped after"):
+        train(inference, 10_000, simulate(60), stop_after_epochs=3, learning_rate=5e-2)
+    assert set(inference.summary["stage"]) == {"flow"}
+    estimator, losses = inference._neural_net, inference.summary["validation_loss"]
+    assert estimator.flow.active == 0
+    assert parameters(estimator).isfinite().all()
+    assert inference.summary["best_validation_loss"] == [min(losses)]
+
+
+def test_a_proxy_that_stays_nan_after_such_a_candidate_ends_the_training():
+    class Poisoned(EnergyNet):
+        def forward(self, theta, x):
+            f = super().forward(theta, x)
+            return f * math.nan if torch.is_grad_enabled() else f
+
+    def build_energy(theta, x, prior):
+        proxy = energy_nn(8, 1)(theta, x, prior)
+        proxy.net.__class__ = Poisoned
+        return proxy
+
+    builder = of(gaussian, poisoned(range(1, 10_000)))
+    inference = make(builder, energy_estimator=build_energy)
+    with pytest.warns(UserWarning, match="stopped.*No training step had finite grad"):
+        train(inference, 40, simulate(), stop_after_epochs=100)
+    assert set(inference.summary["stage"]) == {"flow"}
+    assert_sound(inference)
+
+
 def test_a_first_candidate_that_is_nan_from_the_start_is_said():
     inference = make(of(poisoned(range(1, 10_000)), gaussian))
     with pytest.raises(ValueError, match="NaN/Inf present in JeffreysNPE loss"):
@@ -567,6 +599,30 @@ def test_a_training_is_resumed_among_candidates(whole, tmp_path, num_epochs):
     assert_same(outcome(loaded), whole)
     train(part, 19, seed=9, resume_training=True)
     assert_same(outcome(part), whole)
+
+
+@pytest.mark.parametrize("into_candidate", [0, 1, 2])
+def test_a_resumed_candidate_knows_how_long_it_has_not_improved(
+    tmp_path, into_candidate
+):
+    options = {"stop_after_epochs": 3, "learning_rate": 5e-2}
+    whole, part = make(), make()
+    epochs = record(whole)
+    train(whole, 10_000, simulate(60), **options)
+    order = [active for active, _, _ in epochs]
+    # Before the last of the three epochs in which it has not improved.
+    stages = whole.summary["stage"]
+    num = max(
+        i
+        for i, (active, stage) in enumerate(zip(order, stages, strict=True))
+        if active == into_candidate and stage == "flow"
+    )
+    interrupt_before(part, num)
+    train(part, 10_000, simulate(60), **options)
+    part.save(tmp_path / "training.pt")
+    loaded = make().load(tmp_path / "training.pt")
+    train(loaded, 10_000, seed=9, resume_training=True, **options)
+    assert_same(outcome(loaded), outcome(whole))
 
 
 def test_a_pickled_training_is_resumed_among_candidates(whole, tmp_path, monkeypatch):

@@ -319,6 +319,11 @@ def test_resumed_training_equals_uninterrupted(tmp_path, epochs):
     # As it does in the same process.
     train(part, 9, resume_training=True, seed=9)
     assert_equal(outcome(part), outcome(whole))
+    # Flows were compared by the same score.
+    for inference in (loaded, part):
+        for name in ("flow", "proxy"):
+            assert inference._best[name][:2] == whole._best[name][:2]
+    assert whole._proxy_share > 0
     # In the midst of every stage, and at both ends.
     stages = ["flow"] * 3 + ["proxy"] * 3 + ["distillation"] * 3
     assert whole.summary["stage"] == stages
