@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import resource
 import signal
 import warnings
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -246,15 +248,25 @@ def test_threads_are_set_and_given_back(tmp_path):
     assert row["threads"] == before + 1
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak"
+)
 def test_peak_memory_is_that_of_the_unit(fake, tmp_path):
+    resident = []
+
     class Hungry(FakeMethod):
         def fit(self, problem):
-            torch.zeros(300 * 2**20 // 4).add_(1)
+            held = torch.zeros(300 * 2**20 // 4).add_(1)
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident.append(pages * resource.getpagesize() / 2**20)
+            del held
             return super().fit(problem)
 
-    (before,) = run_unit(unit(fake, ("fake", 1)))
     (hungry,) = run_unit(unit(Hungry(tmp_path / "log"), ("fake", 1)))
-    assert hungry["peak_memory_mb"] > before["peak_memory_mb"] + 200
+    (after,) = run_unit(unit(fake, ("fake", 1)))
+    # In this order, since what other tests left may be freed meanwhile.
+    assert hungry["peak_memory_mb"] >= resident[0] - 1
+    assert after["peak_memory_mb"] < resident[0] - 200
 
 
 def test_result_table_keeps_rows_as_they_are(fake, tmp_path):
