@@ -43,7 +43,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 FORMAT = "sbi_jeffreys.JeffreysNPE"
 #: Increased whenever a file of before can no longer be read.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # Parameters at which the prior of the file and that of the user are compared.
 NUM_PRIOR_CHECKS = 8
@@ -77,6 +77,7 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
         "is_new": inference._is_new,
         "max_num_epochs": inference._max_num_epochs,
         "networks": copy_of_networks(inference._estimator),
+        "average": inference._average.state(),
         "base": _state_of_base(inference),
         "best": dict(inference._best),
         "optimizer": None if optimizer is None else deepcopy(optimizer.state_dict()),
@@ -112,6 +113,7 @@ def restore(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
     inference._proxy_share = state["proxy_share"]
     inference._is_new = state["is_new"]
     load_networks(inference._estimator, state["networks"])
+    inference._average.load_state(state["average"])
     _restore_base(inference, state["base"])
     inference._best = dict(state["best"])
     if state["optimizer"] is not None:

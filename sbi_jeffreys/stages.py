@@ -14,7 +14,7 @@ class Stage(Enum):
       follow yet.
     - `PROXY`: $\lambda_2 \mathrm{KL}(p \Vert q) + \lambda_3 \mathrm{KL}(\pi \Vert q)$
       over the proxy, with one set of the flow's samples for all epochs.
-    - `DISTILLATION`: $\lambda_1 \mathrm{KL}(\pi \Vert p) + \lambda_2 \tau \,
+    - `DISTILLATION`: $\lambda_1 \mathrm{KL}(\pi \Vert p) + \lambda_2 \beta \tau \,
       [\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)]$ over the flow.
 
     Each ends when its model has not improved on validation simulations for

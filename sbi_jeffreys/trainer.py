@@ -24,6 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from sbi_jeffreys.atomic import atomic_proxy_loss
+from sbi_jeffreys.averaging import WeightAverage
 from sbi_jeffreys.base_measure import event_shape, is_inside
 from sbi_jeffreys.candidates import FlowCandidates, build_candidates
 from sbi_jeffreys.energy import ConditionalEnergy, EnergyBuilder, energy_nn
@@ -94,6 +95,9 @@ REVERSE_INTERVAL = 2
 NUM_REVERSE_VALIDATION_SAMPLES = 4
 # Density estimators of sbi's without differentiable samples, refused when built.
 MIXTURES = ("mdn", "made")
+# Epochs over which weights are averaged, in steps of the optimiser. Longer averages lag
+# behind and are stopped before they have caught up.
+NUM_AVERAGED_EPOCHS = 5
 # Conditions for which proposals are drawn at once, which bounds the memory.
 PROPOSAL_BATCH_SIZE = 2_000
 # Times in a row that an epoch is tried again after it turned NaN or infinite.
@@ -173,6 +177,8 @@ class JeffreysNPE(NPE):
         posterior = inference.build_posterior()
         samples = posterior.sample((10_000,), x=x_o)
     """
+
+    _average: WeightAverage
 
     def __init__(
         self,
@@ -409,9 +415,8 @@ class JeffreysNPE(NPE):
         if self._last_epoch is not None and not self._finished:
             # A training that had not ended. What its end would have done:
             self._restore_best()
-            dataset = TensorDataset(*self.get_simulations(self._starting_round))
             with keeping_random_state(self._device):
-                self._estimator.exponent = self._choose_exponent(DataLoader(dataset))
+                self._estimator.exponent = self._choose_exponent()
         return self
 
     def get_dataloaders(
@@ -581,6 +586,9 @@ class JeffreysNPE(NPE):
         self._finished = False
         self._num_retries = 0
         self._num_batches = len(train_loader)
+        self._average = WeightAverage(
+            self._estimator, max(1, NUM_AVERAGED_EPOCHS * len(train_loader))
+        )
         if resumed:
             assert self._last_epoch is not None  # get_dataloaders has seen to it
             restore(self, self._last_epoch)
@@ -632,7 +640,7 @@ class JeffreysNPE(NPE):
                 "x, and try a lower learning_rate."
             )
         self._warn_of_nan(num_epochs)
-        estimator.exponent = self._choose_exponent(val_loader)
+        estimator.exponent = self._choose_exponent()
         self._finished = True
         if self._checkpoint is not None:
             self._checkpoint.write(self, last=True)
@@ -722,6 +730,7 @@ class JeffreysNPE(NPE):
         self._num_retries += 1
         if self._num_retries > 1 and failed is None:
             self._restore_best()  # the last complete epoch was no good start
+            self._average.restart()
         for group in self.optimizer.param_groups:
             group["lr"] /= 2**self._num_retries
         start = "last" if self._num_retries == 1 or failed is not None else "best"
@@ -891,6 +900,7 @@ class JeffreysNPE(NPE):
                 self._num_skipped_steps += 1
                 return
         self.optimizer.step()
+        self._average.update()
 
     def _proposals_at(
         self, batch: Sequence[Tensor], loader: DataLoader, validate: bool = False
@@ -984,6 +994,11 @@ class JeffreysNPE(NPE):
     def _validate_epoch(
         self, val_loader: DataLoader, loss_args: Optional[LossArgs]
     ) -> float:
+        with self._average.applied():
+            return self._validate(val_loader, loss_args)
+
+    def _validate(self, val_loader: DataLoader, loss_args: Optional[LossArgs]) -> float:
+        """Return the flow's validation loss, and keep the model if it is the best."""
         losses: List[Tensor] = []
         parts: List[Divergences] = []
         kernels: List[Tensor] = []
@@ -1121,11 +1136,14 @@ class JeffreysNPE(NPE):
         self._stage, self._stage_start = following, self.epoch
         self._is_new = False
         self.optimizer.state.clear()
+        self._average.restart()
         if following is Stage.DISTILLATION:
             # From here on a flow is also judged by what it has learnt from the proxy,
             # as far as that can be trusted.
+            self._weights.start_distillation(self._choose_exponent())
             self._proxy_share = self._weights.flow_share
-            del self._best["flow"]
+            if self._proxy_share > 0:  # else the flows are compared as before
+                del self._best["flow"]
 
     @property
     def _candidate(self) -> Optional[int]:
@@ -1293,14 +1311,12 @@ class JeffreysNPE(NPE):
         self._summarize(self._round)
         self._estimator.zero_grad(set_to_none=True)
 
-    def _choose_exponent(self, val_loader: DataLoader) -> float:
+    def _choose_exponent(self) -> float:
         """Return the exponent of the refined posterior, see `choose_exponent`."""
         estimator = self._estimator
         indices = self.val_indices[:NUM_VALIDATION_SIMULATIONS]
-        theta, x = (
-            part[indices].to(self._device)
-            for part in val_loader.dataset.tensors[:2]  # type: ignore[attr-defined]
-        )
+        theta, x, _ = self.get_simulations(self._starting_round)
+        theta, x = (part[indices].to(self._device) for part in (theta, x))
         # Parameters of later rounds come from a proposal, not from the posterior.
         prior = self._prior if self._round > 0 else None
         try:
@@ -1343,6 +1359,7 @@ class JeffreysNPE(NPE):
         state.update(_build_flow=None, _build_proxy=None)
         state.update(_proposals={}, _proxy_samples={})
         state.update(_checkpoint=None, _before_training=None)
+        state.pop("_average", None)
         return state
 
 

@@ -54,6 +54,15 @@ class Weights(ABC):
         """
 
     @abstractmethod
+    def start_distillation(self, exponent: float) -> None:
+        r"""Learn how far the proxy helps, before the flow learns from it.
+
+        Args:
+            exponent: $\beta$ of the refined posterior, chosen on validation
+                simulations: how far from the flow to the proxy it pays to go.
+        """
+
+    @abstractmethod
     def start_round(self) -> None:
         """Forget what does not carry over to a new round of simulations."""
 
@@ -121,6 +130,9 @@ class FixedWeights(Weights):
     def flow_share(self) -> float:
         return 1.0
 
+    def start_distillation(self, exponent: float) -> None:
+        pass
+
     def update(self, validation: ValidationDivergences) -> None:
         pass
 
@@ -149,9 +161,12 @@ class AdaptiveWeights(Weights):
 
     .. math:: \tau = \Phi((D_1 - D_3) / s)
 
-    is the probability that the proxy is nearer to the truth. Of the reverse divergence
-    the flow is asked to lower the share $\tau$, the proxy all: being held near the flow
-    is what keeps it from overfitting.
+    is the probability that the proxy is nearer to the truth. A few validation
+    simulations that the flow finds all but impossible may make a poor proxy look near;
+    the exponent $\beta$ of the refined posterior, chosen on the same simulations, is
+    not misled by them. Of the reverse divergence the flow is asked to lower the share
+    $\beta \tau$, the proxy all: being held near the flow is what keeps it from
+    overfitting.
 
     Args:
         relaxation: Cost $h$ of relaxing a constraint.
@@ -190,10 +205,12 @@ class AdaptiveWeights(Weights):
         self.entropy_baseline = math.inf
         # The proxy earns trust: until the first validation it has none.
         self.trust = 0.0
+        #: $\beta$ of the refined posterior when the flow begins to learn from it.
+        self.exponent = 1.0
 
     @property
     def flow_share(self) -> float:
-        return self.trust
+        return self.exponent * self.trust
 
     def update(self, validation: ValidationDivergences) -> None:
         v = validation
@@ -217,6 +234,9 @@ class AdaptiveWeights(Weights):
 
     def measure_trust(self, validation: ValidationDivergences) -> None:
         self.trust = _trust(validation)
+
+    def start_distillation(self, exponent: float) -> None:
+        self.exponent = exponent
 
     def start_round(self) -> None:
         # Another round's simulations have another entropy; the duals carry over.

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from sbi_jeffreys import trainer
+
 
 @pytest.fixture(autouse=True)
 def _deterministic():
@@ -12,3 +14,9 @@ def _deterministic():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture
+def without_averaging(monkeypatch):
+    """Let epochs be judged by the weights that they end with, which are known."""
+    monkeypatch.setattr(trainer, "NUM_AVERAGED_EPOCHS", 0)

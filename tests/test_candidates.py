@@ -276,6 +276,7 @@ def test_outputs_that_are_not_numbers_are_built_from():
 # ------------------------------------------------------------------- who learns when
 
 
+@pytest.mark.usefixtures("without_averaging")
 def test_candidates_learn_one_after_the_other():
     inference = make()
     epochs = record(inference)
@@ -539,6 +540,7 @@ def test_a_first_candidate_that_is_nan_from_the_start_is_said():
     assert inference._neural_net is None
 
 
+@pytest.mark.usefixtures("without_averaging")
 @pytest.mark.parametrize("num_epochs", [1, 2, 4, 6, 8])
 def test_ctrl_c_keeps_the_best_candidate_so_far(num_epochs):
     inference = make()

@@ -27,9 +27,12 @@ from sbi_jeffreys import (
 from sbi_jeffreys.plots import plot_training
 from sbi_jeffreys.stages import Stage
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Maximum number of epochs", "ignore:Training was interrupted"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:Maximum number of epochs", "ignore:Training was interrupted"
+    ),
+    pytest.mark.usefixtures("without_averaging"),
+]
 
 PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
 

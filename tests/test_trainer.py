@@ -177,6 +177,7 @@ def test_batches_hold_every_simulation_of_their_part_once():
     assert len(validation) == len(inference.val_indices) == 21
 
 
+@pytest.mark.usefixtures("without_averaging")
 @pytest.mark.parametrize(
     ("name", "kernel"),
     [("maf", None), ("zuko_nsf", None), ("maf", lambda x: x[:, 0].exp())],
@@ -312,6 +313,7 @@ def test_summary_and_tracker_carry_every_epoch():
     )
 
 
+@pytest.mark.usefixtures("without_averaging")
 def test_the_best_networks_are_returned():
     inference = make()
     # Overfitting on purpose: in no stage is the best epoch the last.
@@ -464,6 +466,7 @@ def test_progress_is_shown(capsys):
 # --------------------------------------------------------------------------- training
 
 
+@pytest.mark.usefixtures("without_averaging")
 def test_every_divergence_trains_what_it_should():
     def initial(part):
         torch.manual_seed(1)
@@ -500,7 +503,7 @@ def test_every_divergence_trains_what_it_should():
             fall = summary["validation_reverse_kl"]
             assert summary["stage"][10:] == ["proxy"] * 10 + ["distillation"] * 10
             assert fall[19] < 0.5 * fall[10]
-            assert fall[29] < 0.5 * fall[20]
+            assert fall[29] < 0.6 * fall[20]
 
 
 def train_closed_forms(flow_shift=0.0, energy_shift=0.0, weights="adaptive", **kwargs):
@@ -731,6 +734,7 @@ def test_ctrl_c_before_the_first_epoch_is_passed_on():
 # ----------------------------------------------------------------------------- rounds
 
 
+@pytest.mark.usefixtures("without_averaging")
 @pytest.mark.parametrize("sample_with", ["direct", "refined"])
 @pytest.mark.parametrize("options", [{}, {"use_combined_loss": True}])
 def test_two_rounds_with_a_proposal(sample_with, options, capsys):

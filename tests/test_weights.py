@@ -199,6 +199,25 @@ def test_one_validation_simulation_says_nothing():
     assert torch.isfinite(weights.dual_variables).all()
 
 
+def test_the_flow_follows_as_far_as_it_pays():
+    weights = AdaptiveWeights()
+    weights.measure_trust(divergences(1.02, 0.5, 1.0, spread=0.3))
+    trust = weights.trust
+    assert 0.01 < trust < 0.99
+    for exponent in (0.3, 0.0, 1.0):
+        weights.start_distillation(exponent)
+        assert weights.trust == trust
+        assert weights.flow_share == pytest.approx(exponent * trust, abs=1e-9)
+    weights.start_distillation(0.3)
+    other = AdaptiveWeights()
+    other.load_state_dict(weights.state_dict())
+    assert other.flow_share == weights.flow_share
+    # Of the penalty form the flow follows all the way.
+    fixed = FixedWeights()
+    fixed.start_distillation(0.3)
+    assert fixed.flow_share == 1.0
+
+
 def test_fixed_weights_are_fixed():
     weights = FixedWeights((1.0, 0.5, 2.0))
     duals = feed(weights, (100.0, 50.0, math.nan), epochs=10)
