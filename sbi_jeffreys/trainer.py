@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -641,6 +642,8 @@ class JeffreysNPE(NPE):
             )
         self._warn_of_nan(num_epochs)
         estimator.exponent = self._choose_exponent()
+        if "proxy" in self._best:
+            self._warn_of_collapse()
         self._finished = True
         if self._checkpoint is not None:
             self._checkpoint.write(self, last=True)
@@ -1331,6 +1334,29 @@ class JeffreysNPE(NPE):
                 stacklevel=6,
             )
             return 0.0
+
+    def _warn_of_collapse(self) -> None:
+        """Warn where few samples stand behind the proxy's partition functions."""
+        estimator = self._estimator
+        indices = self.val_indices[:NUM_VALIDATION_SIMULATIONS]
+        x = self.get_simulations(self._starting_round)[1][indices].to(self._device)
+        with (
+            torch.no_grad(),
+            suppress(*NUMERICAL_ERRORS),  # already warned of
+            keeping_random_state(self._device),
+        ):
+            partition = estimator.proxy.log_partition(x, estimator.flow, 400)
+            size = partition.effective_sample_size.median().item()
+            if size < RefinedPosterior.min_relative_ess * partition.num_samples:
+                warnings.warn(
+                    "The importance weights behind the proxy's partition functions "
+                    f"have collapsed: {partition.num_samples} samples of flow and "
+                    f"prior are worth {size:.1f} at half of the validation "
+                    "simulations. Flow and proxy disagree. Do not use the refined "
+                    "posterior; that of the flow (sample_with='direct') is as good as "
+                    "NPE's. More simulations or a longer training may mend it.",
+                    stacklevel=6,
+                )
 
     @property
     def _models(self) -> Tuple[ConditionalDensityEstimator, ConditionalEnergy]:

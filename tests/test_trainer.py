@@ -526,6 +526,30 @@ def train_closed_forms(flow_shift=0.0, energy_shift=0.0, weights="adaptive", **k
     return inference, estimator
 
 
+def test_weights_that_have_collapsed_are_warned_of():
+    # A proxy of a width of a hundredth: one in some thousand samples meets it.
+    root = torch.eye(2) / 2
+    flow = LinearGaussianFlow(torch.eye(2), torch.zeros(2), root)
+    net = QuadraticEnergy(torch.eye(2), torch.zeros(2), 100 * torch.eye(2))
+    kwargs = {"learning_rate": 1e-12, "training_batch_size": 50, "num": 500}
+    inference = make(
+        density_estimator=lambda theta, x: flow,
+        energy_estimator=lambda theta, x, prior: gaussian_proxy(net),
+    )
+    with pytest.warns(UserWarning, match="400 samples .* are worth 1") as caught:
+        train(inference, **kwargs)
+    assert "sample_with='direct'" in str(caught[-1].message)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The importance weights")
+        train_closed_forms()  # where they agree
+        without_proxy = make(
+            density_estimator=lambda theta, x: flow,
+            energy_estimator=lambda theta, x, prior: gaussian_proxy(net),
+            weights=FixedWeights((1, 0, 0)),
+        )
+        train(without_proxy, **kwargs)
+
+
 @pytest.mark.parametrize("dataloader_kwargs", [None, {"num_workers": 0}])
 @pytest.mark.parametrize("shift", [0.0, 0.4])
 def test_metrics_of_closed_forms(shift, dataloader_kwargs):
