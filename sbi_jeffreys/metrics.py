@@ -3,8 +3,7 @@
 Between two sets of samples: `c2st` and `c2st_many` (the classifier two-sample test of
 published tables, computed fast), `marginal_c2st`, `mmd` and `sliced_wasserstein`. Of a
 posterior, given parameters and the data simulated from them:
-`log_prob_true_parameters` and `expected_coverage`, which is `sbi.diagnostics.run_tarp`
-under the name of what it returns.
+`log_prob_true_parameters` and `expected_coverage`.
 """
 
 import threading
@@ -15,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from sbi.diagnostics import run_tarp as expected_coverage
 from sbi.inference.posteriors import MCMCPosterior, RejectionPosterior
 from sklearn.model_selection import KFold
 from torch import Tensor
 
 from sbi_jeffreys._batched_mlp import train_and_score
+from sbi_jeffreys.coverage import Coverage, expected_coverage
 
 __all__ = [
+    "Coverage",
     "c2st",
     "c2st_many",
     "expected_coverage",

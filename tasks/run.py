@@ -241,7 +241,7 @@ class _Run:
             train=unit.train,
             x_o=x_o,
         )
-        with _ctrl_c_ends():
+        with ctrl_c_ends():
             fit = unit.method.fit(problem)
         self.measured["training_seconds"] = time.perf_counter() - start
         self.measured["epochs"] = fit.epochs
@@ -392,7 +392,7 @@ def _quiet() -> Iterator[Callable[[], list[str]]]:
 
 
 @contextlib.contextmanager
-def _ctrl_c_ends() -> Iterator[None]:
+def ctrl_c_ends() -> Iterator[None]:
     """Raise a KeyboardInterrupt at the end of the block if one was swallowed in it.
 
     `JeffreysNPE` takes Ctrl-C for the wish to end its training; here that would pass a

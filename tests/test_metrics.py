@@ -18,7 +18,6 @@ from sbi_jeffreys import _batched_mlp as mlp
 from sbi_jeffreys.metrics import (
     c2st,
     c2st_many,
-    expected_coverage,
     log_prob_true_parameters,
     marginal_c2st,
     mmd,
@@ -434,24 +433,3 @@ class TestPosteriors:
     def test_log_prob_of_rows_that_do_not_match(self):
         with pytest.raises(ValueError, match="got 3 and 2 rows"):
             log_prob_true_parameters(Gaussian(), torch.zeros(3, 2), torch.zeros(2, 2))
-
-    def test_expected_coverage(self):
-        torch.manual_seed(0)
-        theta = torch.randn(400, 2)
-        x = theta + torch.randn(400, 2)
-
-        def coverage(width: float) -> Tensor:
-            posterior = Gaussian(width)
-            covered, level = expected_coverage(
-                theta,
-                x,
-                posterior,  # pyright: ignore
-                num_posterior_samples=200,
-                show_progress_bar=False,
-            )
-            return (covered - level)[level >= 0.5].mean()
-
-        error = 0.5 / math.sqrt(400)
-        assert coverage(1.0).abs() < 3 * error
-        assert coverage(3.0) > 3 * error
-        assert coverage(0.3) < -3 * error
