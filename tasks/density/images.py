@@ -354,6 +354,8 @@ def execute(study: ImageStudy, run: Run, folder: Path) -> dict[str, Any]:
         _write_images(folder, run, name, part[:NUM_SHOWN].reshape(-1, *data.shape))
     return metrics | {
         "frechet": frechet_distance(real, generated),
+        # The first part of it: of the mean, which the shares of the classes decide.
+        "mean_shift": float(((real.mean(0) - generated.mean(0)) ** 2).sum()),
         "precision": precision,
         "recall": recall,
     }

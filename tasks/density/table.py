@@ -44,6 +44,7 @@ METRICS = (
     "entropy",
     "log_partition_last",
     "frechet",
+    "mean_shift",
     "precision",
     "recall",
     "epochs",
@@ -59,6 +60,7 @@ def read_table(folder: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=pd.Index(COLUMNS))
     table = pd.read_csv(path, keep_default_na=True)
+    table = table.reindex(columns=list(COLUMNS))  # of an older version, some lack
     for name in ("setting", "curve", "error"):
         table[name] = table[name].fillna("").astype(str)
     return table
