@@ -37,4 +37,4 @@ $(INSTALLED): setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/build *.egg-info
+	rm -rf $(VENV) build dist docs/build docs/jupyter_execute docs/tutorials *.egg-info

@@ -44,6 +44,7 @@ source_suffix = {
 }
 exclude_patterns = [
     "build",
+    "jupyter_execute",
     "**/.ipynb_checkpoints",
     "tutorials/*.md",
     "tutorials/*.py",
@@ -52,6 +53,8 @@ exclude_patterns = [
 
 # Single backquotes in docstrings name objects, as in sbi's.
 default_role = "py:obj"
+# Arguments of JeffreysNPE are those of `__init__`, as sbi's.
+autoclass_content = "both"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"

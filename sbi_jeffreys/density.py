@@ -215,8 +215,8 @@ class JeffreysDensityEstimator(DensityMixin, BaseEstimator):
         training_batch_size: As in `sbi.inference.NPE.train`.
         learning_rate: As in `sbi.inference.NPE.train`.
         validation_fraction: As in `sbi.inference.NPE.train`.
-        stop_after_epochs: As in `sbi.inference.NPE.train`.
-        max_num_epochs: As in `sbi.inference.NPE.train`.
+        stop_after_epochs: As in `sbi.inference.NPE.train`, for every stage.
+        max_num_epochs: As in `sbi.inference.NPE.train`, a third of it for each stage.
         clip_max_norm: As in `sbi.inference.NPE.train`.
         random_state: Seed of networks, training and normalising constants. Torch's
             own random numbers are left as they were.

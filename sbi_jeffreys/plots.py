@@ -37,9 +37,10 @@ def plot_training(
     r"""Plot the dynamics of a training: divergences, dual variables, proxy.
 
     The first axes hold the forward divergences of both models, dashed on training and
-    solid on validation simulations; the second the reverse divergence; the third the
-    dual variables with the trust in the proxy; the fourth the partition function and
-    the effective sample size of its estimate.
+    solid on validation simulations, those of the proxy with dots; the second the
+    reverse divergence; the third the dual variables with the trust in the proxy; the
+    fourth the partition function and, dashed, the effective sample size of its
+    estimate. Grey vertical lines are where one stage ends and the next begins.
 
     Args:
         summary: `JeffreysNPE.summary` of a trained inference object.
@@ -62,10 +63,17 @@ def plot_training(
     def line(ax: Axes, name: str, **kwargs: Any) -> None:
         ax.plot(epochs, summary[name], **kwargs)
 
+    dots = {"marker": "o", "ms": 3, "markevery": max(1, len(epochs) // 15)}
     line(axes[0], "training_forward_kl", color=FLOW, ls="--", lw=1)
     line(axes[0], "validation_forward_kl", color=FLOW, label="flow, $D_1$")
-    line(axes[0], "training_proxy_forward_kl", color=PROXY, ls="--", lw=1)
-    line(axes[0], "validation_proxy_forward_kl", color=PROXY, label="proxy, $D_3$")
+    line(axes[0], "training_proxy_forward_kl", color=PROXY, ls="--", lw=1, **dots)
+    line(
+        axes[0],
+        "validation_proxy_forward_kl",
+        color=PROXY,
+        label="proxy, $D_3$",
+        **dots,
+    )
     axes[0].set_title("Forward KL + entropy")
     axes[0].set_ylabel("nats (dashed: training)")
     # The first epochs, and spikes, must not hide the rest.
@@ -82,8 +90,8 @@ def plot_training(
     axes[1].set_ylabel("nats (dashed: training)")
 
     line(axes[2], "dual_forward_kl", color=FLOW, label=r"$\lambda_1$")
-    line(axes[2], "dual_reverse_kl", color=COUPLING, label=r"$\lambda_2$")
-    line(axes[2], "dual_proxy_forward_kl", color=PROXY, label=r"$\lambda_3$")
+    line(axes[2], "dual_reverse_kl", color=COUPLING, ls="--", label=r"$\lambda_2$")
+    line(axes[2], "dual_proxy_forward_kl", color=PROXY, ls="-.", label=r"$\lambda_3$")
     if np.isfinite(summary["trust"]).any():
         line(axes[2], "trust", color="black", ls=":", label=r"trust $\tau$")
     axes[2].set_title("Dual variables")
@@ -93,12 +101,35 @@ def plot_training(
     axes[3].set_title("Partition function")
     axes[3].set_ylabel("nats")
     size = axes[3].twinx()
-    size.plot(epochs, summary["effective_sample_size"], color="grey", lw=1, label="ESS")
-    size.set_ylabel("effective sample size", color="grey")
+    size.plot(epochs, summary["effective_sample_size"], color="0.4", ls="--", lw=1)
+    size.set_ylabel("effective sample size (dashed)", color="0.4")
     size.set_ylim(bottom=0)
 
+    stages = list(summary.get("stage", ()))
+    starts = [i for i in range(1, len(stages)) if stages[i] != stages[i - 1]]
+    if stages and len(starts) <= 2:  # of one training there is room for the names
+        firsts, ends = (0, *starts), (*starts, len(stages))
+        for first, end in zip(firsts, ends, strict=True):
+            side, place = "center", (first + end) / 2
+            if first == 0:
+                side, place = "left", first
+            elif end == len(stages):
+                side, place = "right", end
+            axes[0].text(
+                place,
+                1.01,
+                stages[first],
+                transform=axes[0].get_xaxis_transform(),
+                ha=side,
+                color="0.4",
+                fontsize="small",
+            )
     for ax in axes:
+        for start in starts:
+            ax.axvline(start + 0.5, color="0.8", lw=0.8, zorder=0)
+        ax.set_title(ax.get_title(), pad=16)  # above the names of the stages
         ax.set_xlabel("epoch")
+        ax.set_xlim(0, len(epochs) + 1)
         ax.spines["top"].set_visible(False)
         # Below the axes, where it hides no curve.
         ax.legend(
@@ -106,7 +137,7 @@ def plot_training(
             fontsize="small",
             ncols=4,
             columnspacing=1,
-            handlelength=1.2,
+            handlelength=2.2,
             loc="upper center",
             bbox_to_anchor=(0.5, -0.22),
         )

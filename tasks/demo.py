@@ -130,8 +130,8 @@ def _corner(samples: dict[str, Tensor]) -> Figure:
                 "levels": [0.95],
                 "mpl_kwargs": {"colors": [COLORS[0]]},
             },
-            {"mpl_kwargs": {"color": COLORS[1], "s": 3, "alpha": 0.4}},
-            {"mpl_kwargs": {"color": COLORS[2], "s": 3, "alpha": 0.4}},
+            {"mpl_kwargs": {"color": COLORS[1], "s": 5, "alpha": 0.8}},
+            {"mpl_kwargs": {"color": COLORS[2], "s": 5, "alpha": 0.8}},
         ],
     )
     figure = plt.gcf()

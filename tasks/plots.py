@@ -227,7 +227,8 @@ def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
         list(entries.values()),
         list(entries),
         loc="outside lower center",
-        ncols=min(5, max(1, len(entries))),
+        # As many columns as the width has room for, of about 1.7 inches each.
+        ncols=max(1, min(5, len(entries), int(figure.get_figwidth() / 1.7))),
         fontsize=8,
         frameon=False,
     )

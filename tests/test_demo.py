@@ -81,6 +81,17 @@ def test_plot_training_draws_the_summary():
         == (inference.summary["dual_reverse_kl"])
     )
     assert len(drawn) == sum(inference.summary["epochs_trained"])
+    # Told apart without colours.
+    duals = [lines[rf"$\lambda_{i}$"].get_linestyle() for i in (1, 2, 3)]
+    assert len({*duals, lines[r"trust $\tau$"].get_linestyle()}) == 4
+    assert lines["proxy, $D_3$"].get_marker() != lines["flow, $D_1$"].get_marker()
+    for ax in axes:
+        vertical = [
+            x[0] for x in (line.get_xdata() for line in ax.get_lines()) if len(x) == 2
+        ]
+        assert vertical == [2.5, 4.5]  # where the stages change
+    names = [text.get_text() for text in axes[0].texts]
+    assert names == ["flow", "proxy", "distillation"]
     plt.close(figure)
 
 

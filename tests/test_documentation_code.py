@@ -1,5 +1,7 @@
 """Every block of Python and every command in README and documentation is run.
 
+The code of the tutorials is run by `test_tutorials.py`; here are their commands.
+
 Python runs as it stands, page by page, but for two numbers: trainings have three
 epochs, and posteriors give a hundred samples where the page asks for ten thousand. The
 names that a reader has from before are given: `prior`, `simulator`, `theta`, `x`,
@@ -8,6 +10,7 @@ that they name; what is cheap is run.
 """
 
 import configparser
+import importlib
 import re
 import runpy
 import shlex
@@ -19,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import nbformat
 import pytest
 import torch
 from sbi.utils import BoxUniform
@@ -35,6 +39,11 @@ PAGES = [
         if not {"build", "tutorials", "reports"} & set(path.relative_to(ROOT).parts)
     ),
 ]
+# Pages of which no Python is run here.
+OTHERS = [
+    *(ROOT / folder / "README.md" for folder in ("tasks", "tutorials")),
+    *sorted((ROOT / "tutorials").glob("*.ipynb")),
+]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -46,9 +55,17 @@ def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
 
+def text_of(page):
+    """Return the text of a page, of a notebook that between its code."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    cells = nbformat.read(page, as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
 def blocks(path, language):
     """Return the line of every block of a language in a page, and its text."""
-    text = path.read_text()
+    text = text_of(path)
     return [
         (text[: match.start(2)].count("\n"), match[2])
         for match in FENCE.finditer(text)
@@ -110,10 +127,11 @@ def test_python_of_a_page_runs(page, trained, tmp_path, monkeypatch):
 def commands():
     """Return every command in blocks of bash, or indented, with its page."""
     found = {}
-    for page in [*PAGES, ROOT / "tasks/README.md"]:
+    for page in [*PAGES, *OTHERS]:
         texts = [text.replace("\\\n", " ") for _, text in blocks(page, "bash")]
         lines = [line for text in texts for line in text.splitlines()]
-        lines += re.findall(r"^    ((?:python|make|pip) .*)$", page.read_text(), re.M)
+        indented = r"^    ((?:[A-Z]+=\S+ )?(?:python|make|pip|dask) .*)$"
+        lines += re.findall(indented, text_of(page), re.M)
         for line in filter(None, (line.split("#")[0].strip() for line in lines)):
             found.setdefault(line, page)
     return found
@@ -151,6 +169,10 @@ def test_command_is_one(command, monkeypatch, capsys):
         usage = capsys.readouterr().out
         for option in (word for word in arguments if word.startswith("--")):
             assert option in usage, option
+    elif words[0] == "dask":
+        command_line = importlib.import_module(f"distributed.cli.dask_{words[1]}").main
+        known = {option for given in command_line.params for option in given.opts}
+        assert {word for word in words if word.startswith("--")} <= known
     else:
         pytest.fail(f"Nothing here checks the command {words[0]!r}.")
 
@@ -162,8 +184,8 @@ def test_cheap_commands_run(tmp_path):
     assert out.exists()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=name_of)
 def test_links_to_files_lead_somewhere(page):
-    text = FENCE.sub("", page.read_text())
+    text = FENCE.sub("", text_of(page))
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
         assert (page.parent / target).exists(), target
