@@ -226,9 +226,14 @@ class JeffreysObjective:
         r"""Estimate the two divergences that the proxy lowers, and $\log Z(x)$.
 
         .. math::
-            D_2 &= \tfrac1K \textstyle\sum_k [\log p(\theta_k \mid x) -
-                \log b(\theta_k) - f(\theta_k, x)] + \log \hat Z(x) \\
+            D_2 &= \tfrac1{K_s} \textstyle\sum_{\theta_k \in s}
+                [\log p(\theta_k \mid x) - \log b(\theta_k) - f(\theta_k, x)] -
+                \log \tfrac{K_s}{K} + \log \hat Z(x) \\
             D_3 &= -\log b(\theta) - f(\theta, x) + \log \hat Z(x)
+
+        $D_2$ is that of the flow within the support $s$ of the base measure, where
+        $K_s$ of its samples lie: its posterior is cut off there. Of an energy beyond,
+        which $Z$ does not count, it must not depend, or it had no lower bound.
 
         Args:
             proxy: The proxy $q$.
@@ -243,9 +248,11 @@ class JeffreysObjective:
         f = proxy(torch.cat((theta.unsqueeze(0), proposals.theta)), x)
         log_partition = from_log_weights(f[1:] + proposals.log_weights)
         log_z = log_partition.value
-        f_flow = f[1 : 1 + len(proposals.log_ratio)]
+        num_flow = len(proposals.log_ratio)
+        log_ratio = proposals.log_ratio - f[1 : 1 + num_flow]
+        inside = ~torch.isneginf(proposals.log_weights[:num_flow])
         return (
-            (proposals.log_ratio - f_flow).mean(0) + log_z,
+            _mean_inside(log_ratio, inside) + log_z,
             log_z - proxy.base.extended_log_prob(theta) - f[0],
             log_partition,
         )
@@ -317,6 +324,9 @@ class JeffreysObjective:
     ) -> Tensor:
         r"""Estimate $\mathrm{KL}(p \Vert q)$ from fresh samples of the flow.
 
+        It is that of the flow within the support of the base measure, as in
+        `proxy_divergences`.
+
         Args:
             flow: The flow $p$.
             proxy: The proxy $q$.
@@ -328,8 +338,9 @@ class JeffreysObjective:
             Of shape `(batch_dim,)`.
         """
         theta, log_p = _finite(*rsample_and_log_prob(flow, num_samples, x))
-        log_q = proxy.base.extended_log_prob(theta) + proxy(theta, x) - log_partition
-        return (log_p - log_q).mean(0)
+        log_b = proxy.base.log_prob(theta)
+        log_q = log_b + proxy(theta, x) - log_partition
+        return _mean_inside(log_p - log_q, ~torch.isneginf(log_b))
 
     def reverse_kl_of_flow(
         self,
@@ -347,8 +358,8 @@ class JeffreysObjective:
             \frac{\partial T_\phi(z; x)}{\partial \phi} \right]
 
         without the score term, whose expectation is zero. It vanishes where $p = q$.
-        Samples beyond the support are charged by the extended base measure and led
-        back.
+        Samples beyond the support are charged by the extended base measure alone, which
+        leads them back: of the energy there, nothing is known.
 
         [1] G. Roeder, Y. Wu, D. Duvenaud, "Sticking the Landing: Simple,
         Lower-Variance Gradient Estimators for Variational Inference", NeurIPS 2017.
@@ -365,12 +376,22 @@ class JeffreysObjective:
         theta, log_p = rsample_and_log_prob(flow, self.num_reverse_samples, x)
         points = theta.detach().requires_grad_()
         with torch.enable_grad():
-            log_q = proxy.base.extended_log_prob(points) + proxy(points, x)
+            f = proxy(points, x)
+            inside = ~torch.isneginf(proxy.base.log_prob(points.detach()))
+            log_q = proxy.base.extended_log_prob(points) + f.where(inside, 0.0)
             (slope_q,) = torch.autograd.grad(log_q.sum(), points)
         path = score(flow, points, x) - slope_q
         value = (log_p - log_q).detach().mean(0) + log_partition.detach()
         # Zero in value: it only carries the gradient through the samples.
         return value + (path * (theta - points.detach())).sum(-1).mean(0)
+
+
+def _mean_inside(log_ratio: Tensor, inside: Tensor) -> Tensor:
+    """Return the mean log ratio of what lies inside, its density normalised there."""
+    num_inside = inside.sum(0).clamp_min(1)
+    # Not a product: beyond the support a log ratio may be infinite.
+    mean = log_ratio.where(inside, 0.0).sum(0) / num_inside
+    return mean - (num_inside / len(inside)).log()
 
 
 def _finite(theta: Tensor, log_prob: Tensor) -> Tuple[Tensor, Tensor]:
