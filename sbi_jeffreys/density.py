@@ -93,7 +93,9 @@ class SharedPartitionObjective(JeffreysObjective):
         )
         shared = _pool(each)
         change = shared.value - each.value
-        return reverse_kl + change, forward_kl + change, shared
+        of_flow = proposals.log_weights[: len(proposals.log_ratio)]
+        share = (~torch.isneginf(of_flow)).float().mean(0)  # of it within the support
+        return reverse_kl + share * change, forward_kl + change, shared
 
     def sample_proxy(
         self,

@@ -226,14 +226,15 @@ class JeffreysObjective:
         r"""Estimate the two divergences that the proxy lowers, and $\log Z(x)$.
 
         .. math::
-            D_2 &= \tfrac1{K_s} \textstyle\sum_{\theta_k \in s}
-                [\log p(\theta_k \mid x) - \log b(\theta_k) - f(\theta_k, x)] -
-                \log \tfrac{K_s}{K} + \log \hat Z(x) \\
+            D_2 &= \tfrac1K \textstyle\sum_{\theta_k \in s}
+                [\log p(\theta_k \mid x) - \log b(\theta_k) - f(\theta_k, x) +
+                \log \hat Z(x)] - a \log a \\
             D_3 &= -\log b(\theta) - f(\theta, x) + \log \hat Z(x)
 
-        $D_2$ is that of the flow within the support $s$ of the base measure, where
-        $K_s$ of its samples lie: its posterior is cut off there. Of an energy beyond,
-        which $Z$ does not count, it must not depend, or it had no lower bound.
+        $D_2 = a \, \mathrm{KL}(p_s \Vert q)$ is that of the flow within the support $s$
+        of the base measure, where the share $a$ of its samples lies: its posterior is
+        cut off there. On an energy beyond, which $Z$ does not count, it must not
+        depend, or it had no lower bound.
 
         Args:
             proxy: The proxy $q$.
@@ -249,10 +250,10 @@ class JeffreysObjective:
         log_partition = from_log_weights(f[1:] + proposals.log_weights)
         log_z = log_partition.value
         num_flow = len(proposals.log_ratio)
-        log_ratio = proposals.log_ratio - f[1 : 1 + num_flow]
+        log_ratio = proposals.log_ratio - f[1 : 1 + num_flow] + log_z
         inside = ~torch.isneginf(proposals.log_weights[:num_flow])
         return (
-            _mean_inside(log_ratio, inside) + log_z,
+            _divergence_inside(log_ratio, inside),
             log_z - proxy.base.extended_log_prob(theta) - f[0],
             log_partition,
         )
@@ -322,10 +323,7 @@ class JeffreysObjective:
         log_partition: Tensor,
         num_samples: int,
     ) -> Tensor:
-        r"""Estimate $\mathrm{KL}(p \Vert q)$ from fresh samples of the flow.
-
-        It is that of the flow within the support of the base measure, as in
-        `proxy_divergences`.
+        r"""Estimate $D_2$, as `proxy_divergences`, from fresh samples of the flow.
 
         Args:
             flow: The flow $p$.
@@ -340,7 +338,7 @@ class JeffreysObjective:
         theta, log_p = _finite(*rsample_and_log_prob(flow, num_samples, x))
         log_b = proxy.base.log_prob(theta)
         log_q = log_b + proxy(theta, x) - log_partition
-        return _mean_inside(log_p - log_q, ~torch.isneginf(log_b))
+        return _divergence_inside(log_p - log_q, ~torch.isneginf(log_b))
 
     def reverse_kl_of_flow(
         self,
@@ -386,12 +384,11 @@ class JeffreysObjective:
         return value + (path * (theta - points.detach())).sum(-1).mean(0)
 
 
-def _mean_inside(log_ratio: Tensor, inside: Tensor) -> Tensor:
-    """Return the mean log ratio of what lies inside, its density normalised there."""
-    num_inside = inside.sum(0).clamp_min(1)
+def _divergence_inside(log_ratio: Tensor, inside: Tensor) -> Tensor:
+    """Return the divergence of what lies inside, times the share that does."""
+    share = inside.float().mean(0)
     # Not a product: beyond the support a log ratio may be infinite.
-    mean = log_ratio.where(inside, 0.0).sum(0) / num_inside
-    return mean - (num_inside / len(inside)).log()
+    return log_ratio.where(inside, 0.0).mean(0) - torch.xlogy(share, share)
 
 
 def _finite(theta: Tensor, log_prob: Tensor) -> Tuple[Tensor, Tensor]:
