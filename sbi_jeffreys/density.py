@@ -160,9 +160,10 @@ class _Trainer(JeffreysNPE):
         if self._on_epoch is not None:
             # What is drawn there must not change the training.
             with keeping_random_state(self._device), torch.no_grad():
+                was_training = self._estimator.training
                 self._estimator.eval()
                 self._on_epoch(self.epoch, self._estimator)
-                self._estimator.train()
+                self._estimator.train(was_training)
 
     def __getstate__(self) -> Dict:
         return {**super().__getstate__(), "_on_epoch": None}

@@ -1138,6 +1138,7 @@ class JeffreysNPE(NPE):
         if following is Stage.DISTILLATION:
             # From here on a flow is also judged by what it has learnt from the proxy,
             # as far as that can be trusted.
+            self._estimator.eval()  # the next epoch lets it train again
             self._weights.start_distillation(self._choose_exponent())
             self._proxy_share = self._weights.flow_share
             if self._proxy_share > 0:  # else the flows are compared as before
