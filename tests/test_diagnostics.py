@@ -365,7 +365,7 @@ def trained():
     inference.append_simulations(theta, sensors(theta))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        inference.train(max_num_epochs=30, learning_rate=5e-3, training_batch_size=100)
+        inference.train(max_num_epochs=120, learning_rate=5e-3, training_batch_size=100)
     return inference, compare_models(inference)
 
 
