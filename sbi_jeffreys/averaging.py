@@ -1,19 +1,20 @@
 r"""Moving average of weights, which validation judges and training returns.
 
-.. math:: \bar\phi \leftarrow \gamma \bar\phi + (1 - \gamma) \phi, \qquad
-    \gamma = 1 - 1 / n
+.. math:: \bar\phi \leftarrow \gamma_t \bar\phi + (1 - \gamma_t) \phi, \qquad
+    \gamma_t = 1 - 1 / \min(n, \max(1, t / 4))
 
-after every optimiser step. With few simulations an epoch has few steps, each of them
-noisy, and the weights of any one epoch are off the middle of the valley by that noise;
-their average is not, and its validation loss falls steadily enough that training does
-not stop at a lucky epoch [1].
+after the $t$-th optimiser step: over the last quarter of them at first, so that the
+average does not lag behind a training that has just begun, and over $n$ in the end.
+With few simulations an epoch has few steps, each of them noisy, and the weights of any
+one epoch are off the middle of the valley by that noise; their average is not, and its
+validation loss falls steadily enough that training does not stop at a lucky epoch [1].
 
 [1] P. Izmailov, D. Podoprikhin, T. Garipov, D. Vetrov, A. G. Wilson, "Averaging
 Weights Leads to Wider Optima and Better Generalization", UAI 2018.
 """
 
 from contextlib import contextmanager
-from typing import Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List
 
 import torch
 from torch import Tensor
@@ -29,24 +30,28 @@ class WeightAverage:
 
     Args:
         module: The module that learns.
-        num_steps: Number of optimiser steps that the average reaches back, $n \ge 1$;
+        num_steps: Number of optimiser steps that it reaches back at most, $n \ge 1$;
             with one it is the weights themselves.
     """
 
     def __init__(self, module: Module, num_steps: int) -> None:
         self._parameters: List[Tensor] = [*module.parameters()]
-        self._update = get_ema_multi_avg_fn(1 - 1 / num_steps)
+        self._num_steps = num_steps
+        self._count = 0
         self._averages: List[Tensor] = []
         self.restart()
 
     def restart(self) -> None:
         """Begin anew with the weights as they are."""
+        self._count = 0
         self._averages = [p.detach().clone() for p in self._parameters]
 
     def update(self) -> None:
         """Take in the weights after an optimiser step."""
+        self._count += 1
+        decay = 1 - 1 / min(self._num_steps, max(1, self._count / 4))
         with torch.no_grad():
-            self._update(self._averages, self._parameters, None)
+            get_ema_multi_avg_fn(decay)(self._averages, self._parameters, None)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -57,15 +62,19 @@ class WeightAverage:
         finally:
             self._swap()
 
-    def state(self) -> List[Tensor]:
-        """Return a copy of the average, in the order of the module's parameters."""
-        return [average.clone() for average in self._averages]
+    def state(self) -> Dict[str, Any]:
+        """Return a copy of the averages, in the order of the parameters, and $t$."""
+        averages = [average.clone() for average in self._averages]
+        return {"averages": averages, "count": self._count}
 
-    def load_state(self, state: Sequence[Tensor]) -> None:
-        """Take the average that `state` returned, to the device of the module."""
+    def load_state(self, state: Dict[str, Any]) -> None:
+        """Take what `state` returned, to the device of the module."""
+        self._count = state["count"]
         self._averages = [
             average.to(parameter.device, copy=True)
-            for average, parameter in zip(state, self._parameters, strict=True)
+            for average, parameter in zip(
+                state["averages"], self._parameters, strict=True
+            )
         ]
 
     def _swap(self) -> None:

@@ -373,8 +373,9 @@ class RefinedPosterior(NeuralPosterior):
             theta, log_w = sample_with_log_ratio(
                 estimator.flow, estimator.proxy, num, x
             )
-            # The proxy on the Lebesgue measure may lie beyond the prior.
-            inside = self._is_inside(theta)
+            # The proxy on the Lebesgue measure may lie beyond the prior, and a flow
+            # that was thrown off beyond all numbers.
+            inside = self._is_inside(theta) & theta.isfinite().flatten(2).all(-1)
             thetas.append(theta)
             log_weights.append(
                 temper(log_w.masked_fill(~inside, -torch.inf), self.exponent)

@@ -19,6 +19,11 @@ def weights_of(module):
     return [parameter.detach().clone() for parameter in module.parameters()]
 
 
+def same(first, second):
+    pairs = zip(first["averages"], second["averages"], strict=True)
+    return first["count"] == second["count"] and all(torch.equal(*p) for p in pairs)
+
+
 def move(module):
     with torch.no_grad():
         for parameter in module.parameters():
@@ -27,30 +32,44 @@ def move(module):
 
 def test_value_is_that_of_the_closed_form():
     module = nn.Linear(2, 3)
-    average = WeightAverage(module, num_steps=4)
+    average = WeightAverage(module, num_steps=3)
     values = [weights_of(module)]
-    for _ in range(6):
+    for _ in range(19):
         move(module)
         average.update()
         values.append(weights_of(module))
-    # gamma^6 phi_0 + (1 - gamma) sum_t gamma^(6 - t) phi_t
-    gamma = 3 / 4
-    factors = [gamma**6, *((1 - gamma) * gamma ** (6 - t) for t in range(1, 7))]
-    for index, got in enumerate(average.state()):
+    # Of the first four steps it is the weights; then it is over t / 4 steps, and over
+    # three of them from the twelfth on.
+    gammas = [0.0] * 4 + [1 - 4 / t for t in range(5, 12)] + [2 / 3] * 8
+    factors = [1.0]
+    for gamma in gammas:
+        factors = [gamma * factor for factor in factors] + [1 - gamma]
+    assert sum(factors) == pytest.approx(1.0)
+    for index, got in enumerate(average.state()["averages"]):
         wanted = sum(f * value[index] for f, value in zip(factors, values, strict=True))
         torch.testing.assert_close(got, wanted)
 
 
 def test_value_is_that_of_torch():
     module = nn.Sequential(nn.Linear(2, 5), nn.PReLU(), nn.Linear(5, 1))
+    average = WeightAverage(module, num_steps=7)
+    for _ in range(28):
+        move(module)
+        average.update()
     averaged = AveragedModel(module, avg_fn=get_ema_avg_fn(1 - 1 / 7))
     averaged.update_parameters(module)  # the first one is a copy
-    average = WeightAverage(module, num_steps=7)
+    with torch.no_grad():
+        for parameter, value in zip(
+            averaged.parameters(), average.state()["averages"], strict=True
+        ):
+            parameter.copy_(value)
     for _ in range(5):
         move(module)
         average.update()
         averaged.update_parameters(module)
-    for got, wanted in zip(average.state(), averaged.parameters(), strict=True):
+    for got, wanted in zip(
+        average.state()["averages"], averaged.parameters(), strict=True
+    ):
         torch.testing.assert_close(got, wanted.detach())
 
 
@@ -59,7 +78,9 @@ def test_of_one_step_it_is_the_weights():
     average = WeightAverage(module, num_steps=1)
     move(module)
     average.update()
-    for got, wanted in zip(average.state(), weights_of(module), strict=True):
+    for got, wanted in zip(
+        average.state()["averages"], weights_of(module), strict=True
+    ):
         assert torch.equal(got, wanted)
 
 
@@ -70,7 +91,7 @@ def test_applied_for_a_while_and_taken_back():
     average.update()
     weights, averages, optimizer = (
         weights_of(module),
-        average.state(),
+        average.state()["averages"],
         torch.optim.Adam(module.parameters()),
     )
     with pytest.raises(KeyboardInterrupt), average.applied():
@@ -83,7 +104,7 @@ def test_applied_for_a_while_and_taken_back():
     module(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     assert not torch.equal(module.weight, weights[0])
-    for got, wanted in zip(average.state(), averages, strict=True):
+    for got, wanted in zip(average.state()["averages"], averages, strict=True):
         assert torch.equal(got, wanted)
 
 
@@ -94,12 +115,14 @@ def test_state_is_a_copy_in_both_directions():
     before = copy.deepcopy(state)
     move(module)
     average.update()
-    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+    assert same(state, before)
     average.load_state(state)
     average.update()
-    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+    assert same(state, before)
     average.restart()
-    for got, wanted in zip(average.state(), weights_of(module), strict=True):
+    for got, wanted in zip(
+        average.state()["averages"], weights_of(module), strict=True
+    ):
         assert torch.equal(got, wanted)
 
 
@@ -145,12 +168,14 @@ def test_training_keeps_the_average_of_the_best_epoch(monkeypatch):
     assert inference.summary["stage"] == (
         ["flow"] * 4 + ["proxy"] * 4 + ["distillation"] * 4
     )
-    num_batches, gamma = len(trained) // 12, 1 - 1 / (2 * len(trained) // 12)
+    num_batches = len(trained) // 12
     _, epoch, state, loss = inference._best["proxy"]
     assert 4 <= epoch < 8
     # Averaged from the stage's start: before its first step the proxy had not moved.
     expected = trained[4 * num_batches - 1][1]
     for step in range(4 * num_batches, (epoch + 1) * num_batches):
+        count = step + 1 - 4 * num_batches
+        gamma = 1 - 1 / min(2 * num_batches, max(1, count / 4))
         expected = [
             gamma * average + (1 - gamma) * weights
             for average, weights in zip(expected, trained[step][1], strict=True)
