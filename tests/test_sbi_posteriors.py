@@ -83,7 +83,7 @@ def train(cls=JeffreysNPE, seed=1, prior=PRIOR, num=600, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inference.append_simulations(theta, x).train(**{
-            "max_num_epochs": 45,
+            "max_num_epochs": 120,
             "learning_rate": 5e-3,
             "training_batch_size": 100,
             **kwargs,

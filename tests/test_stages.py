@@ -176,9 +176,12 @@ def test_weights_change_in_the_last_stage_only():
     inference = make()
     train(inference, 12)
     summary = inference.summary
-    for name in ("dual_forward_kl", "dual_reverse_kl", "dual_proxy_forward_kl"):
+    names = ("dual_forward_kl", "dual_reverse_kl", "dual_proxy_forward_kl")
+    for name in names:
         assert summary[name][:8] == [1.0] * 8
-    assert all(dual != 1.0 for dual in summary["dual_reverse_kl"][8:])
+    # A constraint that is met leaves its variable where it is.
+    for epoch in range(8, 12):
+        assert any(summary[name][epoch] != 1.0 for name in names)
 
 
 def test_trust_is_measured_with_the_best_proxy():

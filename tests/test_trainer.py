@@ -499,10 +499,11 @@ def test_every_divergence_trains_what_it_should():
             # From the prior's 2.8 towards the posterior's entropy of about 1.4.
             assert min(values_of(summary, "validation_proxy_forward_kl")) < 2.6
         if weights[1]:
-            # Of the proxy to the flow at rest, then of the flow to the proxy at rest.
+            # Of the flow to the proxy at rest. The proxy leaves the flow at rest, which
+            # within the prior is as flat as itself, for the simulations.
             fall = summary["validation_reverse_kl"]
             assert summary["stage"][10:] == ["proxy"] * 10 + ["distillation"] * 10
-            assert fall[19] < 0.5 * fall[10]
+            assert fall[10] < 0.05 < fall[19]
             assert fall[29] < 0.6 * fall[20]
 
 
