@@ -84,7 +84,7 @@ def _discrete_columns(theta: Tensor) -> List[int]:
 
 
 def check_prior(
-    prior: Optional[Distribution], theta: Tensor, device: Union[str, torch.device]
+    prior: Optional[Distribution], theta: Any, device: Union[str, torch.device]
 ) -> None:
     """Raise or warn if the parameters are not such as the prior gives.
 
@@ -107,13 +107,25 @@ def check_prior(
             f"{shape.numel()}."
         )
     # Simulations may be kept on another device than the prior, that of the training.
-    inside = is_inside(prior, theta.to(device, torch.float32))
-    num_outside = int((~inside).sum())
+    theta = theta.to(device, torch.float32)
+    num_outside = int((~is_inside(prior, theta)).sum())
     if num_outside:
         warnings.warn(
             f"{num_outside} of {len(theta)} parameter sets lie outside the prior's "
             "support, where the proxy has no density. Were they drawn from this prior, "
             "in its units?",
+            stacklevel=3,
+        )
+    with keeping_random_state(device):
+        typical = log_prior(prior, prior.sample(torch.Size((1000,))))
+    lowest = typical[typical.isfinite()].min() if typical.isfinite().any() else 0.0
+    density = log_prior(prior, theta)
+    num_far = int((density.isfinite() & (density < lowest - NATS_OF_DOUBT)).sum())
+    if num_far:
+        warnings.warn(
+            f"{num_far} of {len(theta)} parameter sets are far in the tails of the "
+            f"prior, more than {NATS_OF_DOUBT} nats below any of 1,000 of its samples. "
+            "Were they drawn from this prior, in its units?",
             stacklevel=3,
         )
 
@@ -142,32 +154,4 @@ def _check_columns(theta: Tensor) -> None:
             f"Columns {copies} of theta are the same. No density exists on a line: the "
             "losses will fall without end. Leave out the copies.",
             stacklevel=4,
-        )
-
-
-def check_density(
-    prior: Optional[Distribution], theta: Any, device: Union[str, torch.device]
-) -> None:
-    """Warn of parameters that the prior would never have given.
-
-    Args:
-        prior: The prior, if there is one.
-        theta: Parameters that were drawn from it, as the user says.
-        device: Device of the prior.
-    """
-    if prior is None or isinstance(prior, ImproperEmpirical):
-        return
-    if not isinstance(theta, Tensor):
-        return
-    with keeping_random_state(device):
-        typical = log_prior(prior, prior.sample(torch.Size((1000,))))
-    lowest = typical[typical.isfinite()].min() if typical.isfinite().any() else 0.0
-    density = log_prior(prior, theta.to(device, torch.float32))
-    num_far = int((density.isfinite() & (density < lowest - NATS_OF_DOUBT)).sum())
-    if num_far:
-        warnings.warn(
-            f"{num_far} of {len(theta)} parameter sets are far in the tails of the "
-            f"prior, more than {NATS_OF_DOUBT} nats below any of 1,000 of its samples. "
-            "Were they drawn from this prior, in its units?",
-            stacklevel=3,
         )

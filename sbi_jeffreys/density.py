@@ -7,7 +7,7 @@ $x$. `JeffreysNPE` learns it as a posterior that is the same at every condition.
 import math
 import warnings
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Literal, Optional, Union
 
 import numpy as np
 import torch
@@ -69,33 +69,8 @@ class SharedPartitionObjective(JeffreysObjective):
     ) -> None:
         super().__init__(num_flow_samples, num_reference_samples, num_reverse_samples)
 
-    def proxy_divergences(
-        self,
-        proxy: ConditionalEnergy,
-        theta: Tensor,
-        x: Tensor,
-        proposals: Proposals,
-    ) -> Tuple[Tensor, Tensor, LogPartition]:
-        r"""Estimate both divergences of the proxy with one $\log \hat Z$ for all.
-
-        Args:
-            proxy: The proxy $q$.
-            theta: Samples of the data of shape `(batch_dim, *input_shape)`.
-            x: Conditions of shape `(batch_dim, *condition_shape)`, all the same.
-            proposals: What `propose` drew at these conditions.
-
-        Returns:
-            $D_2$ and $D_3$ of shape `(batch_dim,)`, and the partition function with
-            the same value for every condition.
-        """
-        reverse_kl, forward_kl, each = super().proxy_divergences(
-            proxy, theta, x, proposals
-        )
-        shared = _pool(each)
-        change = shared.value - each.value
-        of_flow = proposals.log_weights[: len(proposals.log_ratio)]
-        share = (~torch.isneginf(of_flow)).float().mean(0)  # of it within the support
-        return reverse_kl + share * change, forward_kl + change, shared
+    def _log_partition(self, log_weights: Tensor) -> LogPartition:
+        return _pool(super()._log_partition(log_weights))
 
     def sample_proxy(
         self,

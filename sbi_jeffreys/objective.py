@@ -247,7 +247,7 @@ class JeffreysObjective:
         """
         # One pass of the proxy over the simulations and all samples.
         f = proxy(torch.cat((theta.unsqueeze(0), proposals.theta)), x)
-        log_partition = from_log_weights(f[1:] + proposals.log_weights)
+        log_partition = self._log_partition(f[1:] + proposals.log_weights)
         log_z = log_partition.value
         num_flow = len(proposals.log_ratio)
         log_ratio = proposals.log_ratio - f[1 : 1 + num_flow] + log_z
@@ -257,6 +257,9 @@ class JeffreysObjective:
             log_z - proxy.base.extended_log_prob(theta) - f[0],
             log_partition,
         )
+
+    def _log_partition(self, log_weights: Tensor) -> LogPartition:
+        return from_log_weights(log_weights)
 
     @torch.no_grad()
     def sample_proxy(
@@ -278,7 +281,7 @@ class JeffreysObjective:
             The samples, some of them the same where the weights are uneven.
         """
         log_weights = proxy(proposals.theta, x) + proposals.log_weights
-        log_partition = from_log_weights(log_weights)
+        log_partition = self._log_partition(log_weights)
         weights = torch.softmax(log_weights, 0).nan_to_num(nan=0.0)
         # Where no weight is a number, any sample is as good.
         weights = torch.where(weights.sum(0) > 0, weights, 1.0)

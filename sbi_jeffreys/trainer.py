@@ -26,7 +26,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from sbi_jeffreys.atomic import atomic_proxy_loss
 from sbi_jeffreys.averaging import WeightAverage
 from sbi_jeffreys.candidates import FlowCandidates, build_candidates
-from sbi_jeffreys.checks import check_density, check_prior, check_simulations
+from sbi_jeffreys.checks import check_prior, check_simulations
 from sbi_jeffreys.energy import ConditionalEnergy, EnergyBuilder, energy_nn
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.flow import check_has_rsample
@@ -297,7 +297,6 @@ class JeffreysNPE(NPE):
         check_simulations(theta, x)
         if proposal is None:
             check_prior(self._prior, theta, self._device)
-            check_density(self._prior, theta, self._device)
         parts = (
             self._data_round_index,
             self._prior_masks,
@@ -1310,12 +1309,16 @@ class JeffreysNPE(NPE):
         self._summarize(self._round)
         self._estimator.zero_grad(set_to_none=True)
 
+    def _validation_simulations(self) -> Tuple[Tensor, Tensor]:
+        """Return the simulations that the proxy is validated on."""
+        indices = self.val_indices[:NUM_VALIDATION_SIMULATIONS]
+        theta, x, _ = self.get_simulations(self._starting_round)
+        return theta[indices].to(self._device), x[indices].to(self._device)
+
     def _choose_exponent(self) -> float:
         """Return the exponent of the refined posterior, see `choose_exponent`."""
         estimator = self._estimator
-        indices = self.val_indices[:NUM_VALIDATION_SIMULATIONS]
-        theta, x, _ = self.get_simulations(self._starting_round)
-        theta, x = (part[indices].to(self._device) for part in (theta, x))
+        theta, x = self._validation_simulations()
         # Parameters of later rounds come from a proposal, not from the posterior.
         prior = self._prior if self._round > 0 else None
         try:
@@ -1334,8 +1337,7 @@ class JeffreysNPE(NPE):
     def _warn_of_collapse(self) -> None:
         """Warn where few samples stand behind the proxy's partition functions."""
         estimator = self._estimator
-        indices = self.val_indices[:NUM_VALIDATION_SIMULATIONS]
-        x = self.get_simulations(self._starting_round)[1][indices].to(self._device)
+        _, x = self._validation_simulations()
         with (
             torch.no_grad(),
             suppress(*NUMERICAL_ERRORS),  # already warned of
