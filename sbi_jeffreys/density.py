@@ -28,7 +28,7 @@ from sbi_jeffreys.persistence import keeping_random_state
 from sbi_jeffreys.posterior import RefinedPosterior
 from sbi_jeffreys.refinement import temper
 from sbi_jeffreys.tracking import NoTracker
-from sbi_jeffreys.trainer import EPOCH_METRICS, JeffreysNPE
+from sbi_jeffreys.trainer import EPOCH_METRICS, LEARNING_RATE, JeffreysNPE
 from sbi_jeffreys.weights import Weights
 
 # Samples behind the normalising constants of the proxy and of the refined density.
@@ -191,7 +191,7 @@ class JeffreysDensityEstimator(DensityMixin, BaseEstimator):
             `"flow"`, the `"proxy"`, or the `"refined"` density between the two, whose
             exponent validation data choose. May be changed after `fit`.
         training_batch_size: As in `sbi.inference.NPE.train`.
-        learning_rate: As in `sbi.inference.NPE.train`.
+        learning_rate: As in `JeffreysNPE.train`.
         validation_fraction: As in `sbi.inference.NPE.train`.
         stop_after_epochs: As in `sbi.inference.NPE.train`, for every stage.
         max_num_epochs: As in `sbi.inference.NPE.train`, a third of it for each stage.
@@ -224,7 +224,7 @@ class JeffreysDensityEstimator(DensityMixin, BaseEstimator):
         objective: Optional[JeffreysObjective] = None,
         model: Model = "flow",
         training_batch_size: int = 200,
-        learning_rate: float = 5e-4,
+        learning_rate: float = LEARNING_RATE,
         validation_fraction: float = 0.1,
         stop_after_epochs: int = 20,
         max_num_epochs: int = 2**31 - 1,

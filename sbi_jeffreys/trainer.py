@@ -94,6 +94,8 @@ REVERSE_INTERVAL = 2
 NUM_REVERSE_VALIDATION_SAMPLES = 4
 # Density estimators of sbi's without differentiable samples, refused when built.
 MIXTURES = ("mdn", "made")
+# Large, as weights are averaged.
+LEARNING_RATE = 2e-3
 # Epochs over which weights are averaged, in steps of the optimiser. Longer averages lag
 # behind and are stopped before they have caught up.
 NUM_AVERAGED_EPOCHS = 5
@@ -315,7 +317,13 @@ class JeffreysNPE(NPE):
             raise
 
     def train(  # type: ignore[override]
-        self, *args: Any, checkpoint: Optional[PathLike] = None, **kwargs: Any
+        self,
+        num_atoms: int = 10,
+        training_batch_size: int = 200,
+        learning_rate: float = LEARNING_RATE,
+        *args: Any,
+        checkpoint: Optional[PathLike] = None,
+        **kwargs: Any,
     ) -> ConditionalDensityEstimator:
         """Train flow and proxy, see `sbi.inference.NPE.train`.
 
@@ -329,6 +337,11 @@ class JeffreysNPE(NPE):
         are.
 
         Args:
+            num_atoms: As in `sbi.inference.NPE.train`.
+            training_batch_size: As in `sbi.inference.NPE.train`.
+            learning_rate: As in `sbi.inference.NPE.train`, but for its default, which
+                is four times sbi's: averages of the weights take off the noise of
+                large steps, and what these find is better, and found sooner.
             *args: As in `sbi.inference.NPE.train`.
             checkpoint: File to save the training to as it goes on, as `save` does.
                 A process that is killed loses the last epoch, or 5 % of its time. To
@@ -346,7 +359,9 @@ class JeffreysNPE(NPE):
         """
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
         try:
-            return super().train(*args, **kwargs)
+            return super().train(
+                num_atoms, training_batch_size, learning_rate, *args, **kwargs
+            )
         finally:
             self._checkpoint = None
 
