@@ -23,6 +23,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from sbi_jeffreys import (
 )
 from sbi_jeffreys.partition import log_mixture
 from sbi_jeffreys.refinement import log_ratio, sample_with_log_ratio, temper
+from sbi_jeffreys.trainer import LEARNING_RATE
 from tasks import TASKS, get_task
 from tasks.report import markdown_table
 from tasks.results import write_whole
@@ -50,26 +52,47 @@ from tasks.results import write_whole
 NUM_FRESH = 500
 NUM_SAMPLES = 300
 
+
+@dataclass(frozen=True)
+class Variant:
+    """A trainer with its settings.
+
+    Args:
+        trainer: The trainer's class.
+        keywords: Makes the arguments of its constructor besides the prior.
+        train: Arguments of its `train`.
+    """
+
+    trainer: type[NPE]
+    keywords: Callable[[], dict[str, Any]] = dict
+    train: dict[str, Any] = field(default_factory=dict)
+
+
 # The first is what the others are compared with.
-VARIANTS: dict[str, tuple[type[NPE], Callable[[], dict[str, Any]]]] = {
-    "jeffreys": (JeffreysNPE, dict),
-    "jeffreys, maf": (JeffreysNPE, lambda: {"density_estimator": "maf"}),
-    "jeffreys, nsf": (JeffreysNPE, lambda: {"density_estimator": "nsf"}),
-    "jeffreys, weights fixed": (JeffreysNPE, lambda: {"weights": "fixed"}),
-    "jeffreys, flow without residual coordinates": (
-        JeffreysNPE,
-        lambda: {"density_estimator": posterior_nn("maf")},
+VARIANTS: dict[str, Variant] = {
+    "jeffreys": Variant(JeffreysNPE),
+    "jeffreys, maf": Variant(JeffreysNPE, lambda: {"density_estimator": "maf"}),
+    "jeffreys, nsf": Variant(JeffreysNPE, lambda: {"density_estimator": "nsf"}),
+    "jeffreys, weights fixed": Variant(JeffreysNPE, lambda: {"weights": "fixed"}),
+    "jeffreys, flow without residual coordinates": Variant(
+        JeffreysNPE, lambda: {"density_estimator": posterior_nn("maf")}
     ),
-    "jeffreys, proxy without dropout": (
-        JeffreysNPE,
-        lambda: {"energy_estimator": energy_nn(dropout=0.0)},
+    "jeffreys, proxy without dropout": Variant(
+        JeffreysNPE, lambda: {"energy_estimator": energy_nn(dropout=0.0)}
     ),
-    "jeffreys, the flow's stage alone": (
-        JeffreysNPE,
-        lambda: {"weights": FixedWeights((1.0, 0.0, 0.0))},
+    "jeffreys, the flow's stage alone": Variant(
+        JeffreysNPE, lambda: {"weights": FixedWeights((1.0, 0.0, 0.0))}
     ),
-    "npe, maf": (NPE, lambda: {"density_estimator": "maf"}),
-    "npe, nsf": (NPE, lambda: {"density_estimator": "nsf"}),
+    "jeffreys, sbi's learning rate": Variant(
+        JeffreysNPE, train={"learning_rate": 5e-4}
+    ),
+    "npe, maf": Variant(NPE, lambda: {"density_estimator": "maf"}),
+    "npe, nsf": Variant(NPE, lambda: {"density_estimator": "nsf"}),
+    "npe, nsf, our learning rate": Variant(
+        NPE,
+        lambda: {"density_estimator": "nsf"},
+        train={"learning_rate": LEARNING_RATE},
+    ),
 }
 
 
@@ -131,14 +154,14 @@ def run(task_name: str, variant: str, budget: int, seed: int) -> list[dict[str, 
     torch.manual_seed(9000 + seed)
     theta = task.prior.sample((budget + NUM_FRESH,))
     x = task.simulator(theta)
-    trainer, keywords = VARIANTS[variant]
-    inference = trainer(
-        task.prior, tracker=NoTracker(), show_progress_bars=False, **keywords()
+    method = VARIANTS[variant]
+    inference = method.trainer(
+        task.prior, tracker=NoTracker(), show_progress_bars=False, **method.keywords()
     )
     inference.append_simulations(theta[:budget], x[:budget])
     torch.manual_seed(seed)
     start = time.perf_counter()
-    estimator = inference.train()
+    estimator = inference.train(**method.train)
     seconds = time.perf_counter() - start
     losses = held_out_losses(estimator, task.prior, theta[budget:], x[budget:])
     return [
