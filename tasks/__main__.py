@@ -8,10 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tasks.errors import InputError
-from tasks.reference import ReferenceDataError
-
-INTERRUPTED = 130
+from tasks.command import INTERRUPTED, exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,14 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0; 1 if rows failed; 2 for wrong input; 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
-    try:
-        return options.command(options)
-    except (InputError, ReferenceDataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted.", file=sys.stderr)
-        return INTERRUPTED
+    return exit_status(options.command, options)
 
 
 def _run(options: argparse.Namespace) -> int:

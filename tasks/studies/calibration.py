@@ -42,6 +42,7 @@ from tqdm import tqdm
 import sbi_jeffreys
 from sbi_jeffreys.metrics import Coverage, expected_coverage
 from tasks import TASKS, get_task
+from tasks.command import exit_status
 from tasks.errors import InputError
 from tasks.methods import METHODS, Method, Problem, get_method
 from tasks.report import markdown_table
@@ -601,26 +602,26 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0; 1 if rows failed; 2 for wrong input; 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
+    return exit_status(
+        _run, options, interrupted="interrupted; the same command goes on from here."
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Make the rows that are missing, and the report if one is wanted."""
     torch.set_num_threads(options.threads)
-    try:
-        units = planned_units(
-            options.tasks,
-            options.methods,
-            options.budget,
-            parse_numbers("seeds", options.seeds),
-            options.fresh,
-            options.num_samples,
-        )
-        made, failed = run_study(options.results, units, options.retry_failed)
-        print(f"{options.results}: {made} rows added, {failed} of them failed.")
-        if options.report is not None:
-            print(write_report(options.results, options.report, options.against))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here.", file=sys.stderr)
-        return 130
+    units = planned_units(
+        options.tasks,
+        options.methods,
+        options.budget,
+        parse_numbers("seeds", options.seeds),
+        options.fresh,
+        options.num_samples,
+    )
+    made, failed = run_study(options.results, units, options.retry_failed)
+    print(f"{options.results}: {made} rows added, {failed} of them failed.")
+    if options.report is not None:
+        print(write_report(options.results, options.report, options.against))
     return 1 if failed else 0
 
 
