@@ -1,15 +1,20 @@
-"""Models with closed forms, to test Monte Carlo estimates against."""
+"""What tests share: models with closed forms, and small networks quickly trained."""
 
 import math
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
+import numpy as np
 import torch
+from sbi.neural_nets import posterior_nn
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
+from sbi.utils import BoxUniform
 from torch import Tensor, nn
 from torch.distributions import Distribution, MultivariateNormal
 
+from sbi_jeffreys import JeffreysNPE, NoTracker, energy_nn
 from sbi_jeffreys.base_measure import make_base_measure
 from sbi_jeffreys.energy import ConditionalEnergy
+from sbi_jeffreys.persistence import PER_TRAINING
 
 
 class LinearGaussianFlow(ConditionalDensityEstimator):
@@ -163,6 +168,97 @@ def flat_gradient(loss: Tensor, module: nn.Module) -> Tensor:
         (torch.zeros_like(p) if g is None else g).flatten()
         for p, g in zip(parameters, gradients, strict=True)
     ])
+
+
+# Of small trainings: two parameters, and two data of them with Gaussian noise.
+PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
+X_O = torch.tensor([[0.5, -0.3]])
+
+
+def simulator(theta: Tensor) -> Tensor:
+    """Return the parameters with noise of standard deviation one half."""
+    return theta + 0.5 * torch.randn_like(theta)
+
+
+def simulate(
+    num: int = 120, seed: int = 0, prior: Any = PRIOR
+) -> Tuple[Tensor, Tensor]:
+    """Return parameters of the prior and their simulations, always the same ones."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    theta = prior.sample((num,))
+    return theta, simulator(theta)
+
+
+def make(prior: Any = PRIOR, **kwargs: Any) -> JeffreysNPE:
+    """Return an inference object with small networks; any argument can be replaced."""
+    return JeffreysNPE(
+        prior,
+        **{
+            "density_estimator": posterior_nn(
+                "maf", hidden_features=8, num_transforms=2
+            ),
+            "energy_estimator": energy_nn(8, 1),
+            "tracker": NoTracker(),
+            "show_progress_bars": False,
+            **kwargs,
+        },
+    )
+
+
+def train(
+    inference: JeffreysNPE,
+    num_epochs: int = 4,
+    data: Optional[Tuple[Tensor, Tensor]] = None,
+    seed: int = 1,
+    **kwargs: Any,
+) -> ConditionalDensityEstimator:
+    """Train for a number of epochs, two or more, after appending `data`."""
+    if data is not None:
+        inference.append_simulations(*data)
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    kwargs = {"training_batch_size": 40, "learning_rate": 5e-3, **kwargs}
+    # sbi's budget is one short, and at least one.
+    return inference.train(max_num_epochs=num_epochs - 1, **kwargs)
+
+
+def parameters(model: nn.Module) -> Tensor:
+    """Return a copy of all parameters as one vector."""
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def outcome(inference: JeffreysNPE) -> Dict[str, Any]:
+    """Return all that training has made, to be compared bit for bit."""
+    summary = {
+        name: values
+        for name, values in inference.summary.items()
+        if name not in ("epoch_durations_sec", *PER_TRAINING)
+    }
+    return {
+        "networks": state_of(inference._neural_net),
+        "summary": {name: list(values) for name, values in summary.items()},
+        "best": inference.summary["best_validation_loss"][-1],
+        "weights": inference.weights.state_dict(),
+    }
+
+
+def assert_equal(a: Any, b: Any, path: str = "") -> None:
+    """Values, and all that containers hold, are equal to the bit; NaN is NaN."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{path}/{index}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert identical(a, b), path
+    else:
+        assert a == b or (math.isnan(a) and math.isnan(b)), path
 
 
 # What the summary has no values of while a model does not learn yet, or stands still.

@@ -7,10 +7,18 @@ import warnings
 
 import pytest
 import torch
-from helpers import LinearGaussianFlow, assert_epochs_are_finite
+from helpers import (
+    PRIOR,
+    X_O,
+    LinearGaussianFlow,
+    assert_epochs_are_finite,
+    make,
+    parameters,
+    simulate,
+    train,
+)
 from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform
-from torch import nn
 from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import (
@@ -28,47 +36,12 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:No prior was given",
 )
 
-PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
 GAUSSIAN = MultivariateNormal(torch.zeros(2), torch.eye(2))
-X_O = torch.tensor([[0.5, -0.3]])
-
-
-def simulate(num=120, seed=0, prior=PRIOR):
-    torch.manual_seed(seed)
-    theta = prior.sample((num,))
-    return theta, theta + 0.5 * torch.randn_like(theta)
-
-
-def make(prior=PRIOR, **kwargs):
-    return JeffreysNPE(
-        prior,
-        **{
-            "density_estimator": posterior_nn(
-                "maf", hidden_features=8, num_transforms=2
-            ),
-            "energy_estimator": energy_nn(8, 1),
-            "tracker": NoTracker(),
-            "show_progress_bars": False,
-            **kwargs,
-        },
-    )
-
-
-def train(inference, num_epochs=4, data=None, seed=1, **kwargs):
-    if data is not None:
-        inference.append_simulations(*data)
-    torch.manual_seed(seed)
-    kwargs = {"training_batch_size": 40, "learning_rate": 5e-3, **kwargs}
-    return inference.train(max_num_epochs=num_epochs - 1, **kwargs)
-
-
-def parameters(inference):
-    return nn.utils.parameters_to_vector(inference._neural_net.parameters()).detach()
 
 
 def assert_sound(inference, x_o=X_O):
     """Networks and summary are finite, and both posteriors sample."""
-    assert parameters(inference).isfinite().all()
+    assert parameters(inference._neural_net).isfinite().all()
     assert_epochs_are_finite(inference.summary)
     index = inference.val_indices
     theta, x, _ = inference.get_simulations()
@@ -187,7 +160,7 @@ def test_a_prior_that_contradicts_the_parameters(prior, match):
     with pytest.warns(UserWarning, match=match):
         inference.append_simulations(*simulate())
     train(inference)
-    assert parameters(inference).isfinite().all()
+    assert parameters(inference._neural_net).isfinite().all()
     assert_epochs_are_finite(inference.summary)
     # With no sample of the flow inside, the refined posterior says so.
     posterior = inference.build_posterior(sample_with="refined")
@@ -337,13 +310,15 @@ def test_errors_that_are_none_of_numbers_are_passed_on(call, epoch):
     with pytest.raises(RuntimeError, match="out of memory"):
         train(inference, 8, simulate())
     # But the best network is kept, and training can go on.
-    assert parameters(inference).isfinite().all()
+    assert parameters(inference._neural_net).isfinite().all()
     assert len(inference.summary["trust"]) == epoch
     assert inference.build_posterior().sample((5,), x=X_O).isfinite().all()
     train(inference, 8, resume_training=True)
     expected = make(density_estimator=poisoned_flow(()))
     train(expected, 8, simulate())
-    assert torch.equal(parameters(inference), parameters(expected))
+    assert torch.equal(
+        parameters(inference._neural_net), parameters(expected._neural_net)
+    )
 
 
 class PoisonedEnergy(EnergyNet):
@@ -383,7 +358,7 @@ def test_a_step_with_an_energy_that_is_nan_is_left_out(call, stage):
         train(inference, 8, simulate())
     assert PoisonedEnergy.calls == 8
     assert inference.summary["stage"].count(stage) == (3 if stage == "proxy" else 2)
-    assert parameters(inference).isfinite().all()
+    assert parameters(inference._neural_net).isfinite().all()
     assert math.isfinite(inference.summary["best_validation_loss"][-1])
 
 
@@ -501,7 +476,9 @@ def test_ctrl_c_at_any_point(monkeypatch):
         if not started:
             assert inference._neural_net is None
         train(inference, 4, resume_training=started, **options)
-        assert torch.equal(parameters(inference), parameters(expected)), at
+        assert torch.equal(
+            parameters(inference._neural_net), parameters(expected._neural_net)
+        ), at
         assert inference.summary["trust"] == expected.summary["trust"], at
         assert inference._neural_net.exponent == expected._neural_net.exponent
     assert min(num_early, num_kept, num_passed_on) > 5
@@ -510,7 +487,7 @@ def test_ctrl_c_at_any_point(monkeypatch):
 def test_ctrl_c_in_a_later_round_before_its_first_epoch(monkeypatch):
     inference = make()
     train(inference, 4, simulate())
-    before, weights = parameters(inference), inference.weights.state_dict()
+    before, weights = parameters(inference._neural_net), inference.weights.state_dict()
     proposal = inference.build_posterior().set_default_x(X_O)
     inference.append_simulations(*simulate(60, seed=3), proposal=proposal)
     interrupter = Interrupter(monkeypatch)
@@ -520,7 +497,7 @@ def test_ctrl_c_in_a_later_round_before_its_first_epoch(monkeypatch):
         interrupter.num_calls = 0
         with pytest.raises(KeyboardInterrupt):
             train(inference, 4, **options)
-        assert torch.equal(parameters(inference), before)
+        assert torch.equal(parameters(inference._neural_net), before)
         assert str(inference.weights.state_dict()) == str(weights)
         assert inference.build_posterior().sample((5,), x=X_O).isfinite().all()
         with pytest.raises(ValueError, match="no training to resume"):

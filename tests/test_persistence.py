@@ -1,7 +1,6 @@
 """Saving, loading and resuming."""
 
 import io
-import math
 import os
 import pickle
 import pickletools
@@ -18,7 +17,19 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from helpers import StatefulEmbedding, identical, interrupt_before
+from helpers import (
+    PRIOR,
+    X_O,
+    StatefulEmbedding,
+    assert_equal,
+    interrupt_before,
+    make,
+    outcome,
+    parameters,
+    simulate,
+    simulator,
+    train,
+)
 from sbi.inference import simulate_for_sbi
 from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform, RestrictedPrior, process_prior
@@ -27,8 +38,6 @@ from torch.distributions import Gamma, MultivariateNormal, Normal
 
 from sbi_jeffreys import (
     FixedWeights,
-    JeffreysNPE,
-    NoTracker,
     RefinedPosterior,
     energy_nn,
     persistence,
@@ -39,45 +48,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:When the inference object is pickled",
     "ignore:Training was interrupted",
 )
-
-PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
-X_O = torch.tensor([[0.5, -0.3]])
-
-
-def simulator(theta):
-    return theta + 0.5 * torch.randn_like(theta)
-
-
-def simulate(num=120, seed=0, prior=PRIOR):
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    theta = prior.sample((num,))
-    return theta, simulator(theta)
-
-
-def make(prior=PRIOR, **kwargs):
-    return JeffreysNPE(
-        prior,
-        **{
-            "density_estimator": posterior_nn(
-                "maf", hidden_features=8, num_transforms=2
-            ),
-            "energy_estimator": energy_nn(8, 1),
-            "tracker": NoTracker(),
-            "show_progress_bars": False,
-            **kwargs,
-        },
-    )
-
-
-def train(inference, num_epochs, data=None, seed=1, **kwargs):
-    if data is not None:
-        inference.append_simulations(*data)
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    kwargs = {"training_batch_size": 40, "learning_rate": 5e-3, **kwargs}
-    # sbi's budget is one short, and at least one.
-    return inference.train(max_num_epochs=num_epochs - 1, **kwargs)
 
 
 def train_until(epoch, inference, num_epochs, data=None, **kwargs):
@@ -91,39 +61,6 @@ def disturb():
     """What another process would have done to the random numbers."""
     torch.manual_seed(77)
     np.random.seed(77)
-
-
-def outcome(inference):
-    """Return all that training has made, to be compared bit for bit."""
-    estimator = inference._neural_net
-    summary = {
-        name: values
-        for name, values in inference.summary.items()
-        if name not in ("epoch_durations_sec", *persistence.PER_TRAINING)
-    }
-    return {
-        "networks": {k: v.clone() for k, v in estimator.state_dict().items()},
-        "summary": {name: list(values) for name, values in summary.items()},
-        "best": inference.summary["best_validation_loss"][-1],
-        "weights": inference.weights.state_dict(),
-    }
-
-
-def assert_equal(a, b, path=""):
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_equal(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for index, pair in enumerate(zip(a, b, strict=True)):
-            assert_equal(*pair, f"{path}/{index}")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, path
-        assert identical(a, b), path
-    else:
-        assert a == b or (math.isnan(a) and math.isnan(b)), path
 
 
 # -------------------------------------------------------------------- the user's way
@@ -524,10 +461,7 @@ def test_an_unfinished_training_gives_its_best_networks(
     expected = make()
     train_until(num_epochs, expected, 10, simulate(), learning_rate=2e-2)
     assert len(loaded.summary["trust"]) == num_epochs
-    assert torch.equal(
-        nn.utils.parameters_to_vector(loaded._neural_net.parameters()),
-        nn.utils.parameters_to_vector(expected._neural_net.parameters()),
-    )
+    assert torch.equal(parameters(loaded._neural_net), parameters(expected._neural_net))
     # Chosen with other random numbers.
     assert loaded._neural_net.exponent == pytest.approx(
         expected._neural_net.exponent, abs=0.2
