@@ -1,4 +1,4 @@
-"""A method that costs nothing and keeps count, to test what runs methods."""
+"""Methods to test what runs methods: one costs nothing, one waits to be killed."""
 
 import os
 import signal
@@ -67,6 +67,33 @@ class FakeMethod(Method):
     def trainings(self) -> int:
         """Return the number of trainings so far, in all processes."""
         return len(list(self.log.iterdir()))
+
+
+class HeldMethod(Method):
+    """A method that, of more than 50 simulations, makes no posterior but waits.
+
+    Args:
+        method: What it is otherwise.
+        log: Folder with one file for each process that waits, named by its number.
+    """
+
+    def __init__(self, method: Method, log: Path):
+        self.method = method
+        self.names = method.names
+        self.log = log
+
+    def settings(self, name: str) -> dict:
+        return self.method.settings(name)
+
+    def check_train_arguments(self, train) -> None:
+        self.method.check_train_arguments(train)
+
+    def fit(self, problem: Problem) -> Fit:
+        if len(problem.theta) <= 50:
+            return self.method.fit(problem)
+        (self.log / str(os.getpid())).touch()
+        time.sleep(600)
+        raise TimeoutError("nobody has ended this process in ten minutes.")
 
 
 class FakePosterior:

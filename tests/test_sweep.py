@@ -6,7 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -326,73 +327,108 @@ def test_simulations_do_not_depend_on_the_number_of_processes():
     assert torch.equal(x, torch.cat([parts[i][1] for i in range(3)]))
 
 
-# A sweep in a process of its own: many short trainings of a real method.
+# A sweep in a process of its own: four short trainings of a real method, and after them
+# eight that do not end, so that it is under way whenever this process has its turn.
 _SWEEP = """
 tasks = ["two_moons"]
 methods = ["npe_mdn"]
-budgets = [50]
-seeds = "1-24"
+budgets = [50, 60, 70]
+seeds = "1-4"
 observations = [1]
 num_samples = 20
 [train]
 max_num_epochs = 2
 """
+_HELD_COMMAND_LINE = """
+import runpy, sys
+from pathlib import Path
+
+sys.path.append("tests")
+from fake_method import HeldMethod
+from tasks.methods import METHODS
+
+METHODS["npe_mdn"] = HeldMethod(METHODS["npe_mdn"], Path(sys.argv.pop(1)))
+runpy.run_module("tasks", run_name="__main__", alter_sys=True)
+"""
 
 
-def start(tmp_path: Path, *options: str) -> tuple[subprocess.Popen, Path]:
-    """Start the sweep and wait for its first rows."""
+@contextmanager
+def started(
+    tmp_path: Path, *options: str, num_rows: int, num_waiting: int = 0
+) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """Start the sweep; give it with its results when it has so many rows.
+
+    Args:
+        tmp_path: Folder of its files.
+        options: Further options of the command line.
+        num_rows: Number of rows to wait for.
+        num_waiting: Number of its processes that must be in a training without end.
+    """
     need_published_data()
     (tmp_path / "s.toml").write_text(_SWEEP)
-    results = tmp_path / "results"
-    command = [sys.executable, "-m", "tasks", "sweep", str(tmp_path / "s.toml")]
-    process = subprocess.Popen(
-        [*command, "--results", str(results), *options],
+    results, waiting = tmp_path / "results", tmp_path / "waiting"
+    waiting.mkdir()
+    command = [sys.executable, "-c", _HELD_COMMAND_LINE, str(waiting)]
+    sweep = ["sweep", str(tmp_path / "s.toml"), "--results", str(results)]
+    with subprocess.Popen(
+        [*command, *sweep, *options],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while len(files(results)) < 2:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no rows within two minutes"
-        time.sleep(0.01)
-    return process, results
+    ) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while (
+                len(files(results)) < num_rows or len(os.listdir(waiting)) < num_waiting
+            ):
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline, "no rows within five minutes"
+                time.sleep(0.01)
+            yield process, results
+        finally:
+            # It would never end by itself.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
 def test_killed_sweep_leaves_whole_rows_and_goes_on(tmp_path):
-    process, results = start(tmp_path)
-    process.kill()
-    process.communicate()
+    with started(tmp_path, num_rows=2) as (process, results):
+        process.kill()
+        process.communicate()
     before = files(results)
-    assert 2 <= len(before) < 24
+    assert 2 <= len(before) <= 4
     assert len(load(results)) == len(before)
 
     summary = make(results, Sweep.from_toml(tmp_path / "s.toml"))
-    assert (summary.found, summary.finished) == (len(before), 24 - len(before))
+    assert (summary.found, summary.finished) == (len(before), 12 - len(before))
     after = files(results)
-    assert len(after) == 24 and before.items() <= after.items()
+    assert len(after) == 12 and before.items() <= after.items()
     assert (load(results)["status"] == "ok").all()
 
 
 @pytest.mark.slow
 def test_interrupt_keeps_the_finished_rows(tmp_path):
-    process, results = start(tmp_path, "--jobs", "2")
-    # As Ctrl-C does: to the whole group, the workers included.
-    os.killpg(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    # While both workers train, and more trainings wait than loky's queue holds.
+    together = started(tmp_path, "--jobs", "2", num_rows=4, num_waiting=2)
+    with together as (process, results):
+        # As Ctrl-C does: to the whole group, the workers included.
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted; the finished rows are in" in error
     assert "Traceback" not in error
     rows = {key_of(row): row for row in read_rows(results)}
-    assert 2 <= len(rows) < 24
+    assert {(key.budget, key.seed) for key in rows} == {(50, s) for s in range(1, 5)}
     assert all(row["status"] == "ok" for row in rows.values())
 
     # A row made in a worker is the row that is made here.
     key = min(rows)
     key.path(results).unlink()
-    sweep = replace(Sweep.from_toml(tmp_path / "s.toml"), seeds=(key.seed,))
+    sweep = replace(
+        Sweep.from_toml(tmp_path / "s.toml"), budgets=(50,), seeds=(key.seed,)
+    )
     assert make(results, sweep).finished == 1
     again = {key_of(row): row for row in read_rows(results)}[key]
     names = ["c2st", "mmd", "validation_loss"]
