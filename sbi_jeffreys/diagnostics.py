@@ -538,6 +538,7 @@ def _verdict(
     comparison: ModelComparison,
 ) -> str:
     typical = comparison.disagreement.median().item()
+    share_90, share_50 = (f"{100 * comparison.coverage(m):.0f}" for m in (0.9, 0.5))
     said = {
         "novelty": (
             "the observation is unlike the simulations: "
@@ -560,11 +561,9 @@ def _verdict(
             "with this posterior as the proposal."
         ),
         "calibration": (
-            "the flow's 90 % credible regions hold "
-            f"{100 * comparison.coverage(0.9):.0f} % of held-out parameters and its "
-            "50 % regions "
-            f"{100 * comparison.coverage(0.5):.0f} %, over all observations. Simulate "
-            "more, or average an ensemble."
+            f"the flow's 90 % credible regions hold {share_90} % of held-out "
+            f"parameters and its 50 % regions {share_50} %, over all observations. "
+            "Simulate more, or average an ensemble."
         ),
     }
     if objections:
@@ -573,10 +572,14 @@ def _verdict(
     else:
         lines = [
             "Nothing speaks against the posterior at this observation: it is like the "
-            f"simulations, flow and proxy agree (to {max(disagreement, 0):.2g} nats; "
-            f"{typical:.2g} at the median simulation), and the flow is calibrated as "
-            "far as can be seen."
+            f"simulations, and flow and proxy agree (to {max(disagreement, 0):.2g} "
+            f"nats; {typical:.2g} at the median simulation)."
         ]
+        if comparison.from_prior.any():
+            lines.append(
+                f"The flow's 90 % credible regions hold {share_90} % of held-out "
+                f"parameters, its 50 % regions {share_50} %."
+            )
     if 1 / (len(comparison) + 1) > level + 1e-9:
         lines.append(
             f"Too few held-out simulations ({len(comparison)}) to judge the "
@@ -590,7 +593,9 @@ def _verdict(
         )
     shown = ", ".join(f"{name} {p:.2g}" for name, p in p_values.items())
     lines.append(
-        f"p-values: {shown}; each objects below {level:.2g}. The proxy's weights leave "
+        f"p-values: {shown}; each objects below {level:.2g}, to a disagreement from "
+        f"{MIN_DISAGREEMENT} nats on, to a coverage that errs by "
+        f"{100 * MIN_COVERAGE_ERROR:.0f} % or more. The proxy's weights leave "
         f"{100 * relative_ess:.0f} % of the flow's samples. A wrong simulator that "
         "reproduces the observation is not found by any of these tests."
     )

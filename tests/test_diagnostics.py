@@ -204,6 +204,7 @@ def test_verdict_on_closed_forms():
     assert str(check) == check.text
     assert check.text.startswith("Nothing speaks against the posterior")
     assert "p-values: novelty" in check.text
+    assert "90 % credible regions hold" in check.text
 
 
 def test_disagreement_is_found_where_nothing_else_is():
