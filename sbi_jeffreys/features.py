@@ -66,6 +66,21 @@ class Features(nn.Module):
             x: Simulation outputs of shape `(batch_dim, *condition_shape)`.
         """
         standard = self._standard(_finite_or_nan(x)).nan_to_num(nan=0.0)
+        normal = self._normal(standard)
+        return torch.cat((standard.clamp(-MAX_SCORE, MAX_SCORE), normal), 1)
+
+    def normal_scores(self, x: Tensor) -> Tensor:
+        """Return the normal scores of the continuous outputs alone.
+
+        Args:
+            x: Simulation outputs of shape `(batch_dim, *condition_shape)`.
+
+        Returns:
+            Of shape `(batch_dim, num_continuous)`, zero where outputs are missing.
+        """
+        return self._normal(self._standard(_finite_or_nan(x)).nan_to_num(nan=0.0))
+
+    def _normal(self, standard: Tensor) -> Tensor:
         values = standard[:, self.continuous].T.contiguous()
         knots, scores = self.knots, self.scores
         right = torch.searchsorted(knots, values).clamp(1, NUM_KNOTS - 1)
@@ -76,12 +91,21 @@ class Features(nn.Module):
         width = (x1 - x0).clamp_min(torch.finfo(values.dtype).tiny)
         normal = y0 + (values - x0) * ((y1 - y0) / width)
         # Beyond the outermost knots a line goes on, but not for ever.
-        normal = normal.clamp(-MAX_SCORE / 2, MAX_SCORE / 2)
-        standard = standard.clamp(-MAX_SCORE, MAX_SCORE)
-        return torch.cat((standard, normal.T), 1)
+        return normal.clamp(-MAX_SCORE / 2, MAX_SCORE / 2).T
 
     def _standard(self, flat: Tensor) -> Tensor:
         return (flat - self.mean) / self.scale
+
+
+def num_values(x: Tensor) -> Tensor:
+    """Return how many distinct values outputs have, of shape `(num_outputs,)`.
+
+    Args:
+        x: Simulation outputs of shape `(num_simulations, *condition_shape)`.
+    """
+    columns = _finite_or_nan(x[:MAX_SIMULATIONS]).T
+    distinct = [len(c[~c.isnan()].unique()) for c in columns]
+    return torch.tensor(distinct, dtype=torch.long, device=x.device)
 
 
 def is_continuous(x: Tensor) -> Tensor:
@@ -90,9 +114,7 @@ def is_continuous(x: Tensor) -> Tensor:
     Args:
         x: Simulation outputs of shape `(num_simulations, *condition_shape)`.
     """
-    columns = _finite_or_nan(x[:MAX_SIMULATIONS]).T
-    distinct = [len(c[~c.isnan()].unique()) >= MIN_DISTINCT for c in columns]
-    return torch.tensor(distinct, dtype=torch.bool, device=x.device)
+    return num_values(x) >= MIN_DISTINCT
 
 
 def _finite_or_nan(x: Tensor) -> Tensor:

@@ -1,0 +1,320 @@
+r"""Surrogates of the likelihood, which the proxy takes in as factors.
+
+.. math:: \ell_k(x \mid \theta) \approx p(x \mid \theta), \qquad
+    \min \mathbb{E}_\pi[-\log \ell_k(x \mid \theta)]
+
+A simulation tells more of the likelihood than of the posterior: it is one draw of all
+its outputs, given parameters that are known. Where the outputs are noise about a smooth
+function of the parameters, a surrogate of the likelihood is near the truth after few
+simulations; where they are not, or too many, it is poor. How far each is to be followed
+is therefore weighed on validation simulations, see `sbi_jeffreys.pooled_energy`.
+
+The outputs enter by their normal scores, whose Jacobian depends on $x$ alone and
+cancels in the posterior, as do all other factors of $x$ alone. Surrogates are proposal
+free: parameters may come from any proposal [1].
+
+[1] G. Papamakarios, D. Sterratt, I. Murray, "Sequential Neural Likelihood: Fast
+Likelihood-free Inference with Autoregressive Flows", AISTATS 2019.
+"""
+
+from typing import List, Optional, Sequence, Tuple, cast
+
+import torch
+from sbi.neural_nets import likelihood_nn
+from sbi.neural_nets.estimators import ConditionalDensityEstimator
+from torch import Tensor, nn
+from torch.distributions import Categorical, StudentT
+from torch.nn import functional as F
+
+from sbi_jeffreys.coordinates import ResidualCoordinates
+from sbi_jeffreys.features import (
+    MAX_SCORE,
+    MAX_SIMULATIONS,
+    Features,
+    is_continuous,
+    num_values,
+)
+
+# With more outputs a surrogate of the likelihood is no longer cheap.
+MAX_OUTPUTS = 200
+# Bound of the logarithm of the scales, in units of the residuals.
+MAX_LOG_SCALE = 6.0
+# Degrees of freedom that the tails of the outputs begin with.
+INITIAL_DEGREES_OF_FREEDOM = 8.0
+# Log likelihoods are bounded: those of parameters far from all simulations are guesses.
+MAX_LOG_LIKELIHOOD = 1e4
+
+
+class SurrogateLikelihoods(nn.Module):
+    r"""Several surrogates of the likelihood of the same outputs.
+
+    They err in different ways, and what they have in common is more often true: one
+    with independent outputs about a smooth function, the same one with dropout, and,
+    where there are two continuous outputs or more, sbi's masked autoregressive flow.
+
+    Args:
+        theta: Parameters of shape `(num_simulations, num_parameters)`.
+        x: Simulation outputs of shape `(num_simulations, num_outputs)`.
+        coordinates: Coordinates of the parameters, for their standardisation.
+        dropout: Dropout probability of the surrogate that has it.
+    """
+
+    def __init__(
+        self,
+        theta: Tensor,
+        x: Tensor,
+        coordinates: ResidualCoordinates,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.outputs = Outputs(x)
+        self.coordinates = coordinates
+        z = coordinates.standardize(theta)
+        y, _ = self.outputs(x)
+        members: List[nn.Module] = [
+            IndependentLikelihood(z, y, self.outputs, probability)
+            for probability in (0.0, dropout)
+        ]
+        if y.shape[1] > 1:
+            members.append(FlowLikelihood(z, y))
+        self.members = nn.ModuleList(members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def forward(
+        self, theta: Tensor, x: Tensor, which: Optional[Sequence[int]] = None
+    ) -> Tensor:
+        r"""Return $\log \ell_k(x \mid \theta)$, up to a constant for every $x$.
+
+        Args:
+            theta: Parameters of shape `(sample_dim, batch_dim, num_parameters)`.
+            x: Simulation outputs of shape `(batch_dim, num_outputs)`.
+            which: Indices of the surrogates; all if not given.
+
+        Returns:
+            Of shape `(len(which), sample_dim, batch_dim)`.
+        """
+        which = range(len(self)) if which is None else which
+        z = _saturate(self.coordinates.standardize(theta))
+        y, categories = self.outputs(x)
+        members = [self.members[k] for k in which]
+        log_likelihoods = torch.stack([m(z, y, categories) for m in members])
+        return torch.nan_to_num(log_likelihoods, nan=-MAX_LOG_LIKELIHOOD).clamp(
+            -MAX_LOG_LIKELIHOOD, MAX_LOG_LIKELIHOOD
+        )
+
+    def loss(self, theta: Tensor, x: Tensor, index: int) -> Tensor:
+        r"""Return $-\log \ell_k(x \mid \theta)$ of one surrogate, `(batch_dim,)`.
+
+        In training, outputs on a lattice are spread over its cells.
+
+        Args:
+            theta: Parameters of shape `(batch_dim, num_parameters)`.
+            x: Simulation outputs of shape `(batch_dim, num_outputs)`.
+            index: The surrogate's.
+        """
+        z = _saturate(self.coordinates.standardize(theta))
+        y, categories = self.outputs(x)
+        return -self.members[index](z[None], y, categories)[0]
+
+
+class Outputs(nn.Module):
+    """Simulation outputs as a likelihood sees them: scores and categories.
+
+    Continuous outputs have their normal scores. Counts are continuous, too, if they
+    have many values; but a density of values that recur has spikes, and in training
+    they are therefore spread evenly over the cells of their lattice. Outputs with few
+    values have the index of the nearest of these.
+
+    Args:
+        x: Simulation outputs of shape `(num_simulations, num_outputs)`.
+    """
+
+    spacing: Tensor
+    discrete: Tensor
+    values: Tensor
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        x = x[:MAX_SIMULATIONS]
+        self.features = Features(x)
+        continuous = is_continuous(x)
+        self.register_buffer("discrete", (~continuous).nonzero().flatten())
+        spacing = torch.zeros_like(x[0], dtype=torch.float32)
+        for column in continuous.nonzero().flatten().tolist():
+            spacing[column] = _lattice_spacing(x[:, column].float())
+        self.register_buffer("spacing", spacing)
+        counts = num_values(x)[~continuous].tolist()
+        values = torch.full((len(counts), max(counts, default=1) or 1), torch.inf)
+        for row, column in enumerate(self.discrete.tolist()):
+            values[row, 0] = 0.0  # if all are missing
+            distinct = _finite(x[:, column].float()).unique()
+            values[row, : len(distinct)] = distinct
+        self.register_buffer("values", values.to(x.device))
+
+    def forward(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Return scores and categories.
+
+        Args:
+            x: Simulation outputs of shape `(batch_dim, num_outputs)`.
+
+        Returns:
+            Normal scores of shape `(batch_dim, num_continuous)`, and categories of
+            shape `(batch_dim, num_discrete)`, -1 where the output is missing.
+        """
+        discrete = x[:, self.discrete].float()
+        distance = (self.values - discrete.nan_to_num(nan=0.0).unsqueeze(-1)).abs()
+        categories = distance.argmin(-1)
+        categories = torch.where(discrete.isfinite(), categories, -1)
+        if self.training:
+            x = x + self.spacing * (torch.rand_like(x, dtype=torch.float32) - 0.5)
+        return self.features.normal_scores(x), categories
+
+
+class IndependentLikelihood(nn.Module):
+    r"""Outputs that are independent of each other given the parameters.
+
+    .. math:: u = W y \sim t_\nu\big(W A \varphi(z) + \mu(z), \; \sigma(z)\big)
+
+    with the ridge regression $A$ of the scores $y$ on features of the parameters, the
+    whitening $W$ of its residuals, and a network for the rest. Discrete outputs have
+    the probabilities of their values.
+
+    Args:
+        z: Standardised parameters of shape `(num_simulations, num_parameters)`.
+        y: Scores of the outputs, of shape `(num_simulations, num_scores)`.
+        outputs: What gave the scores, with the values of discrete outputs.
+        dropout: Dropout probability.
+        hidden_features: Width of the two hidden layers.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        y: Tensor,
+        outputs: Outputs,
+        dropout: float,
+        hidden_features: int = 64,
+    ) -> None:
+        super().__init__()
+        num_scores, (num_discrete, num_categories) = y.shape[1], outputs.values.shape
+        self.features = Features(z)
+        self.hidden = nn.Sequential(
+            nn.Linear(self.features.numel, hidden_features),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_features, hidden_features),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+        )
+        self.coordinates = None
+        if num_scores:
+            self.coordinates = ResidualCoordinates(y, z, self.features)
+            self.location_and_scale = _zero_layer(hidden_features, 2 * num_scores)
+            tails = torch.full((num_scores,), INITIAL_DEGREES_OF_FREEDOM - 2.0)
+            self.tails = nn.Parameter(tails.expm1().log())  # softplus is its inverse
+        if num_discrete:
+            self.logits = _zero_layer(hidden_features, num_discrete * num_categories)
+            # Categories that an output does not have.
+            self.register_buffer("impossible", outputs.values.isinf())
+
+    def forward(self, z: Tensor, y: Tensor, categories: Tensor) -> Tensor:
+        r"""Return $\log \ell$ of shape `(sample_dim, batch_dim)`.
+
+        Args:
+            z: Standardised parameters, `(sample_dim, batch_dim, num_parameters)`.
+            y: Scores of shape `(batch_dim, num_scores)`.
+            categories: Categories of shape `(batch_dim, num_discrete)`.
+        """
+        features = self.features(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        hidden = self.hidden(features)
+        log_likelihood = hidden.new_zeros(z.shape[:2])
+        if self.coordinates is not None:
+            log_likelihood = log_likelihood + self._of_scores(features, hidden, y)
+        if categories.shape[1]:
+            log_likelihood = log_likelihood + self._of_categories(hidden, categories)
+        return log_likelihood
+
+    def _of_scores(self, features: Tensor, hidden: Tensor, y: Tensor) -> Tensor:
+        coordinates = cast(ResidualCoordinates, self.coordinates)
+        # Whitening is linear: of the scores it is done once, not for every parameter.
+        whitening = coordinates.whitening
+        u = (coordinates.standardize(y) - coordinates.bias) @ whitening.T
+        location, log_scale = self.location_and_scale(hidden).chunk(2, -1)
+        location = location + features @ (whitening @ coordinates.weight).T
+        log_scale = MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
+        degrees_of_freedom = 2.0 + F.softplus(self.tails)
+        student = StudentT(
+            degrees_of_freedom, location, log_scale.exp(), validate_args=False
+        )
+        return student.log_prob(u).sum(-1)
+
+    def _of_categories(self, hidden: Tensor, categories: Tensor) -> Tensor:
+        impossible = cast(Tensor, self.impossible)
+        logits = self.logits(hidden).unflatten(-1, impossible.shape)
+        logits = logits.masked_fill(impossible, -torch.inf)
+        log_prob = Categorical(logits=logits, validate_args=False).log_prob(
+            categories.clamp_min(0)
+        )
+        return log_prob.where(categories >= 0, 0.0).sum(-1)
+
+
+class FlowLikelihood(nn.Module):
+    """sbi's masked autoregressive flow of the scores of continuous outputs.
+
+    Args:
+        z: Standardised parameters of shape `(num_simulations, num_parameters)`.
+        y: Scores of shape `(num_simulations, num_scores)`, two or more.
+    """
+
+    def __init__(self, z: Tensor, y: Tensor) -> None:
+        super().__init__()
+        build = likelihood_nn("maf", z_score_theta="none", z_score_x="none")
+        self.flow: ConditionalDensityEstimator = build(z, y)
+
+    def forward(self, z: Tensor, y: Tensor, categories: Tensor) -> Tensor:
+        r"""Return $\log \ell$ of shape `(sample_dim, batch_dim)`.
+
+        Args:
+            z: Standardised parameters, `(sample_dim, batch_dim, num_parameters)`.
+            y: Scores of shape `(batch_dim, num_scores)`.
+            categories: Unused.
+        """
+        shape = z.shape[:2]
+        y = y.expand(*shape, -1).reshape(1, shape.numel(), -1)
+        return self.flow.log_prob(y, z.flatten(0, 1)).reshape(shape)
+
+
+def has_likelihood(x: Tensor) -> bool:
+    """Return whether outputs are few enough for surrogates of their likelihood.
+
+    Args:
+        x: Simulation outputs of shape `(num_simulations, *condition_shape)`.
+    """
+    return x.ndim == 2 and x.shape[1] <= MAX_OUTPUTS
+
+
+def _saturate(z: Tensor) -> Tensor:
+    """Return scores bounded at ten standard deviations, as those of the energy."""
+    return MAX_SCORE * torch.tanh(z / MAX_SCORE)
+
+
+def _zero_layer(num_inputs: int, num_outputs: int) -> nn.Linear:
+    layer = nn.Linear(num_inputs, num_outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values[values.isfinite()]
+
+
+def _lattice_spacing(values: Tensor) -> Tensor:
+    """Return the smallest distance of values that recur, zero if most do not."""
+    values = _finite(values)
+    distinct = values.unique()
+    if len(distinct) > len(values) / 2:
+        return values.new_zeros(())
+    return distinct.diff().min()
