@@ -11,7 +11,8 @@ from sbi_jeffreys.diagnostics import (
     check_fit,
     compare_models,
 )
-from sbi_jeffreys.energy import ConditionalEnergy, energy_nn
+from sbi_jeffreys.energy import ConditionalEnergy
+from sbi_jeffreys.energy_builder import energy_nn
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.objective import JeffreysObjective
 from sbi_jeffreys.posterior import (

@@ -19,7 +19,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from torch.distributions import Distribution, MultivariateNormal
 
-from sbi_jeffreys.energy import ConditionalEnergy, EnergyBuilder, energy_nn
+from sbi_jeffreys.energy import ConditionalEnergy
+from sbi_jeffreys.energy_builder import EnergyBuilder, energy_nn
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.flow import rsample_and_log_prob
 from sbi_jeffreys.objective import JeffreysObjective, Proposals, ProxySamples
@@ -450,7 +451,7 @@ class JeffreysDensityEstimator(DensityMixin, BaseEstimator):
         """
         base = self.base_measure
         if isinstance(base, Distribution):
-            return energy_nn() if self.energy is None else self.energy
+            return energy_nn(likelihood="none") if self.energy is None else self.energy
         if base not in ("gaussian", "lebesgue"):
             raise ValueError(
                 "base_measure must be 'gaussian', 'lebesgue' or a distribution of "
@@ -458,7 +459,9 @@ class JeffreysDensityEstimator(DensityMixin, BaseEstimator):
             )
         build = self.energy
         if build is None:
-            build = energy_nn(base_measure="prior" if base == "gaussian" else base)
+            build = energy_nn(
+                base_measure="prior" if base == "gaussian" else base, likelihood="none"
+            )
 
         def build_proxy(
             theta: Tensor, x: Tensor, prior: Optional[Distribution]

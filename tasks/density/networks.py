@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sbi_jeffreys import energy_nn
 from sbi_jeffreys.coordinates import ResidualCoordinates
-from sbi_jeffreys.energy import EnergyBuilder
+from sbi_jeffreys.energy_builder import EnergyBuilder
 from sbi_jeffreys.features import Features
 from sbi_jeffreys.residual_flow import ResidualFlow
 
@@ -53,4 +53,5 @@ class Networks:
             self.energy_features,
             self.energy_blocks,
             dropout=self.dropout if dropout is None else dropout,
+            likelihood="none",
         )

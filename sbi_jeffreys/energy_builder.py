@@ -1,0 +1,123 @@
+"""Builders of the proxy, as sbi has them of its networks."""
+
+from typing import Callable, Literal, Optional, Protocol
+
+from sbi.neural_nets.net_builders.classifier import build_z_scored_embedding_net
+from sbi.utils.nn_utils import check_net_device, get_numel
+from sbi.utils.user_input_checks import check_data_device
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn import functional as F
+
+from sbi_jeffreys.base_measure import make_base_measure
+from sbi_jeffreys.coordinates import ResidualCoordinates
+from sbi_jeffreys.energy import ConditionalEnergy, EnergyNet
+from sbi_jeffreys.features import Features
+from sbi_jeffreys.likelihood import SurrogateLikelihoods, has_likelihood
+from sbi_jeffreys.pooled_energy import PooledEnergy
+
+ZScore = Optional[Literal["independent", "structured", "none"]]
+
+
+class EnergyBuilder(Protocol):
+    """Builds the proxy from the first simulations, as `posterior_nn`'s builders do."""
+
+    def __call__(
+        self, theta: Tensor, x: Tensor, prior: Optional[Distribution]
+    ) -> ConditionalEnergy:
+        """Build the proxy.
+
+        Args:
+            theta: Parameters of the simulations, for shapes and z-scoring.
+            x: Simulation outputs, likewise.
+            prior: The prior, `None` if none was given.
+
+        Returns:
+            The proxy.
+        """
+        ...
+
+
+def energy_nn(
+    hidden_features: int = 64,
+    num_blocks: int = 3,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+    dropout: float = 0.1,
+    z_score_x: ZScore = "independent",
+    embedding_net: nn.Module = nn.Identity(),
+    base_measure: Literal["prior", "lebesgue"] = "prior",
+    likelihood: Literal["auto", "none"] = "auto",
+) -> EnergyBuilder:
+    r"""Return a function that builds the energy-based proxy of the posterior.
+
+    It is to `JeffreysNPE(energy_estimator=...)` what `posterior_nn` is to
+    `density_estimator=...`.
+
+    Args:
+        hidden_features: Number of hidden features.
+        num_blocks: Number of residual blocks of two layers each.
+        activation: Activation function. The flow learns from the slope of the energy:
+            take a smooth one.
+        dropout: Dropout probability in the residual blocks.
+        z_score_x: Whether to z-score simulation outputs for the embedding network, as
+            in `posterior_nn`: `"independent"` for every dimension alone,
+            `"structured"` for all together, `"none"`. Without an embedding network
+            the condition enters by its `Features`.
+        embedding_net: Embedding network for simulation outputs. Give the object that
+            `posterior_nn` was given to share it with the flow, or one of its own.
+        base_measure: Base measure $b(\theta)$. With `"prior"` the proxy has the
+            prior's support and shape; `"lebesgue"` is the plain energy-based model.
+        likelihood: Whether surrogates of the likelihood are factors of the proxy, see
+            `sbi_jeffreys.pooled_energy`: with `"auto"` where simulation outputs are
+            vectors of 200 numbers or fewer and have no embedding network.
+
+    Returns:
+        Builder to be passed to `JeffreysNPE(energy_estimator=...)`.
+
+    Raises:
+        ValueError: If `base_measure`, `likelihood` or a z-scoring option is unknown.
+    """
+    embedding_net = check_net_device(
+        embedding_net, "cpu", "The embedding net is moved to the CPU for building."
+    )
+    if z_score_x not in ("independent", "structured", "none", None):
+        raise ValueError(
+            "z_score_x must be 'independent', 'structured', 'none' or None, got "
+            f"{z_score_x!r}."
+        )
+    if base_measure not in ("prior", "lebesgue"):
+        raise ValueError(
+            f"base_measure must be 'prior' or 'lebesgue', got {base_measure!r}."
+        )
+    if likelihood not in ("auto", "none"):
+        raise ValueError(f"likelihood must be 'auto' or 'none', got {likelihood!r}.")
+
+    def build_fn(
+        theta: Tensor, x: Tensor, prior: Optional[Distribution]
+    ) -> ConditionalEnergy:
+        check_data_device(theta, x)
+        features = Features(x)
+        coordinates = ResidualCoordinates(theta, x, features, prior)
+        if isinstance(embedding_net, nn.Identity):
+            embedding, x_numel = None, features.numel
+        else:
+            embedding = build_z_scored_embedding_net(x, z_score_x, embedding_net)
+            x_numel = get_numel(x, embedding_net=embedding_net)
+        net = EnergyNet(
+            coordinates,
+            features,
+            embedding,
+            x_numel=x_numel,
+            hidden_features=hidden_features,
+            num_blocks=num_blocks,
+            activation=activation,
+            dropout=dropout,
+        )
+        base = make_base_measure(base_measure, prior, theta)
+        shapes = theta[0].shape, x[0].shape
+        if likelihood == "none" or embedding is not None or not has_likelihood(x):
+            return ConditionalEnergy(net, base, *shapes)
+        likelihoods = SurrogateLikelihoods(theta, x, coordinates)
+        return PooledEnergy(net, likelihoods, base, *shapes)
+
+    return build_fn
