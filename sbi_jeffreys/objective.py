@@ -141,12 +141,15 @@ class Divergences:
             those to the flow are `JeffreysObjective.reverse_kl_of_flow`.
         proxy_forward_kl: $-\log q(\theta \mid x)$ with gradients to the proxy.
         log_partition: $\log Z(x)$ with its effective sample size.
+        likelihood_loss: $-\sum_k \log \ell_k(x \mid \theta)$ of the surrogates of the
+            likelihood, with gradients to them.
     """
 
     forward_kl: Optional[Tensor] = None
     reverse_kl: Optional[Tensor] = None
     proxy_forward_kl: Optional[Tensor] = None
     log_partition: Optional[LogPartition] = None
+    likelihood_loss: Optional[Tensor] = None
 
     @property
     def losses(self) -> Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor]]:

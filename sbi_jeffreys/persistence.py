@@ -31,7 +31,7 @@ from torch.optim.adam import Adam
 
 from sbi_jeffreys.base_measure import event_shape, is_inside
 from sbi_jeffreys.estimator import JeffreysEstimator
-from sbi_jeffreys.features import is_continuous
+from sbi_jeffreys.features import MIN_DISTINCT, num_values
 from sbi_jeffreys.objective import Proposals, ProxySamples
 from sbi_jeffreys.stages import Stage
 from sbi_jeffreys.version import __version__
@@ -43,7 +43,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 FORMAT = "sbi_jeffreys.JeffreysNPE"
 #: Increased whenever a file of before can no longer be read.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 # Parameters at which the prior of the file and that of the user are compared.
 NUM_PRIOR_CHECKS = 8
@@ -379,7 +379,7 @@ def record_built_with(
     return {
         "theta": theta,
         "x_shape": list(x.shape[1:]),
-        "x_is_continuous": is_continuous(x[indices]).cpu(),
+        "x_num_values": num_values(x[indices]).clamp_max(MIN_DISTINCT).tolist(),
         "starting_round": starting_round,
         "num_parts": len(inference._theta_roundwise),
         "indices": indices,
@@ -443,10 +443,17 @@ def _fill(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
     built_with = content["built_with"]
     theta = built_with["theta"]
     if stored is None:
-        # Of x the builders need the shape, and which outputs are continuous; all else
-        # is in the state of the networks.
-        x = torch.randn(len(theta), len(built_with["x_is_continuous"]))
-        x = torch.where(built_with["x_is_continuous"], x, x.sign())
+        # Of x the builders need the shape, and how many values outputs have that have
+        # few; all else is in the state of the networks.
+        columns = [
+            torch.arange(len(theta)) % num
+            if 0 < num < MIN_DISTINCT
+            else torch.randn(len(theta))
+            if num > 0
+            else torch.full((len(theta),), torch.nan)
+            for num in built_with["x_num_values"]
+        ]
+        x = torch.stack([column.float() for column in columns], 1)
         x = x.reshape(-1, *built_with["x_shape"])
         all_theta = theta
     else:

@@ -116,8 +116,7 @@ def choose_exponent(
         candidates = torch.cat((log_w, log_w_samples))
         log_base = torch.zeros_like(candidates)
     else:
-        num_atoms = min(len(theta), MAX_ATOMS)
-        atoms = torch.stack([theta.roll(shift, 0) for shift in range(num_atoms)])
+        atoms = as_atoms(theta)
         candidates = log_ratio(flow, proxy, atoms, x)
         log_prior = prior.log_prob(atoms.flatten(0, 1)).reshape(candidates.shape)
         log_base = flow.log_prob(atoms, x) - log_prior
@@ -127,6 +126,19 @@ def choose_exponent(
         scores.append((log_r[0] - torch.logsumexp(log_r, 0)).mean().item())
     best = max(range(len(scores)), key=lambda i: _finite(scores[i]))
     return EXPONENTS[best].item()
+
+
+def as_atoms(theta: Tensor) -> Tensor:
+    """Return the parameters of every simulation (first) among those of others.
+
+    Args:
+        theta: Parameters of shape `(batch_dim, *input_shape)`.
+
+    Returns:
+        Of shape `(num_atoms, batch_dim, *input_shape)`.
+    """
+    num_atoms = min(len(theta), MAX_ATOMS)
+    return torch.stack([theta.roll(shift, 0) for shift in range(num_atoms)])
 
 
 def _finite(score: float) -> float:

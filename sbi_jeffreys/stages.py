@@ -1,4 +1,4 @@
-"""The stages of training: which of the two models learns, and from what."""
+"""The stages of training: which of the models learns, and from what."""
 
 from enum import Enum
 from typing import Optional
@@ -12,8 +12,12 @@ class Stage(Enum):
 
     - `FLOW`: $\lambda_1 \mathrm{KL}(\pi \Vert p)$ over the flow. There is no proxy to
       follow yet.
+    - `LIKELIHOOD`: $\sum_k \mathbb{E}_\pi[-\log \ell_k(x \mid \theta)]$ over the
+      surrogates of the likelihood that the proxy may have as factors, see
+      `sbi_jeffreys.likelihood`. Left out where it has none.
     - `PROXY`: $\lambda_2 \mathrm{KL}(p \Vert q) + \lambda_3 \mathrm{KL}(\pi \Vert q)$
-      over the proxy, with one set of the flow's samples for all epochs.
+      over the proxy's own network, with one set of the flow's samples for all epochs.
+      At its end the proxy's factors are weighed, see `sbi_jeffreys.pooled_energy`.
     - `DISTILLATION`: $\lambda_1 \mathrm{KL}(\pi \Vert p) + \lambda_2 \beta \tau \,
       [\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)]$ over the flow.
 
@@ -24,13 +28,14 @@ class Stage(Enum):
     """
 
     FLOW = "flow"
+    LIKELIHOOD = "likelihood"
     PROXY = "proxy"
     DISTILLATION = "distillation"
 
     @property
     def trains_flow(self) -> bool:
         """Whether the flow learns."""
-        return self is not Stage.PROXY
+        return self in (Stage.FLOW, Stage.DISTILLATION)
 
     @property
     def trains_proxy(self) -> bool:
@@ -40,5 +45,6 @@ class Stage(Enum):
     @property
     def next(self) -> Optional["Stage"]:
         """The stage that follows, `None` after the last."""
-        following = {Stage.FLOW: Stage.PROXY, Stage.PROXY: Stage.DISTILLATION}
-        return following.get(self)
+        stages = list(Stage)
+        following = stages.index(self) + 1
+        return stages[following] if following < len(stages) else None

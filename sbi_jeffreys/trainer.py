@@ -27,16 +27,18 @@ from sbi_jeffreys.atomic import atomic_proxy_loss
 from sbi_jeffreys.averaging import WeightAverage
 from sbi_jeffreys.candidates import FlowCandidates, build_candidates
 from sbi_jeffreys.checks import check_prior, check_simulations
-from sbi_jeffreys.energy import ConditionalEnergy, EnergyBuilder, energy_nn
+from sbi_jeffreys.energy import ConditionalEnergy
+from sbi_jeffreys.energy_builder import EnergyBuilder, energy_nn
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.flow import check_has_rsample
+from sbi_jeffreys.likelihood import SurrogateLikelihoods
 from sbi_jeffreys.objective import (
     Divergences,
     JeffreysObjective,
     Proposals,
     ProxySamples,
 )
-from sbi_jeffreys.partition import LogPartition
+from sbi_jeffreys.partition import LogPartition, log_mixture
 from sbi_jeffreys.persistence import (
     PER_TRAINING,
     Checkpoint,
@@ -56,8 +58,9 @@ from sbi_jeffreys.persistence import (
     to_content,
     write,
 )
+from sbi_jeffreys.pooled_energy import PooledEnergy, choose_weights
 from sbi_jeffreys.posterior import RefinedPosterior
-from sbi_jeffreys.refinement import choose_exponent
+from sbi_jeffreys.refinement import as_atoms, choose_exponent
 from sbi_jeffreys.residual_flow import ResidualFlow, build_residual_flow
 from sbi_jeffreys.stages import Stage
 from sbi_jeffreys.tracking import NoTracker
@@ -99,8 +102,12 @@ LEARNING_RATE = 2e-3
 # Epochs over which weights are averaged, in steps of the optimiser. Longer averages lag
 # behind and are stopped before they have caught up.
 NUM_AVERAGED_EPOCHS = 5
+# Validation simulations at which the proxy's factors are taken at once, likewise.
+VALIDATION_CHUNK = 100
 # Conditions for which proposals are drawn at once, which bounds the memory.
 PROPOSAL_BATCH_SIZE = 2_000
+# `_best` holds surrogates of the likelihood under this name and their index.
+LIKELIHOOD_PREFIX = "likelihood "
 # Times in a row that an epoch is tried again after it turned NaN or infinite.
 MAX_RETRIES = 3
 
@@ -122,14 +129,19 @@ VALIDATION_METRICS = (
     "validation_forward_kl",
     "validation_reverse_kl",
     "validation_proxy_forward_kl",
+    "validation_likelihood_loss",
     "log_partition",
     "effective_sample_size",
 )
 DUAL_METRICS = ("dual_forward_kl", "dual_reverse_kl", "dual_proxy_forward_kl")
-EPOCH_METRICS = (
+TRAINING_METRICS = (
     "training_forward_kl",
     "training_reverse_kl",
     "training_proxy_forward_kl",
+    "training_likelihood_loss",
+)
+EPOCH_METRICS = (
+    *TRAINING_METRICS,
     *VALIDATION_METRICS,
     *DUAL_METRICS,
     "trust",
@@ -137,13 +149,17 @@ EPOCH_METRICS = (
 # What an epoch of a stage does not have, for want of a model that learns; NaN in the
 # summary.
 MISSING_METRICS: Dict[Stage, Tuple[str, ...]] = {
-    Stage.FLOW: (
-        "training_reverse_kl",
-        "training_proxy_forward_kl",
-        *VALIDATION_METRICS[1:],
+    Stage.FLOW: (*TRAINING_METRICS[1:], *VALIDATION_METRICS[1:]),
+    Stage.LIKELIHOOD: (
+        *TRAINING_METRICS[:3],
+        *(name for name in VALIDATION_METRICS[1:] if "likelihood" not in name),
     ),
-    Stage.PROXY: ("training_forward_kl",),
-    Stage.DISTILLATION: ("training_reverse_kl", "training_proxy_forward_kl"),
+    Stage.PROXY: (
+        "training_forward_kl",
+        "training_likelihood_loss",
+        "validation_likelihood_loss",
+    ),
+    Stage.DISTILLATION: (*TRAINING_METRICS[1:], "validation_likelihood_loss"),
 }
 
 
@@ -596,6 +612,8 @@ class JeffreysNPE(NPE):
         self._finished = False
         self._num_retries = 0
         self._num_batches = len(train_loader)
+        self._stop_after_epochs = train_config.stop_after_epochs
+        self._validation = val_loader, loss_args
         self._average = WeightAverage(
             self._estimator, max(1, NUM_AVERAGED_EPOCHS * len(train_loader))
         )
@@ -641,6 +659,8 @@ class JeffreysNPE(NPE):
             )
         estimator = self._estimator
         self._restore_best()
+        if self._stage is Stage.PROXY:  # ended early
+            self._weigh_factors()
         self._best_val_loss = self._best["flow"][3]
         if not math.isfinite(self._best_val_loss):
             self._forget_training()
@@ -726,11 +746,12 @@ class JeffreysNPE(NPE):
                 f"after {num_epochs} epochs: the next one turned NaN or infinite "
                 f"{MAX_RETRIES + 1} times ({error!r})."
             )
-            if failed is None:
+            passed_over = f"Candidate {failed} of the flow is"
+            if self._stage is Stage.LIKELIHOOD:
+                passed_over = "Surrogates of the likelihood are"
+            elif failed is None:
                 return f"Training was stopped {what}"
-            warnings.warn(
-                f"Candidate {failed} of the flow is passed over {what}", stacklevel=6
-            )
+            warnings.warn(f"{passed_over} passed over {what}", stacklevel=6)
             self._num_retries = 0
             if not self._start_next_candidate():
                 if not self._weights.dual_variables[1:].any():  # no stage follows
@@ -796,9 +817,7 @@ class JeffreysNPE(NPE):
             self._step(clip_max_norm)
             means.append(_means(divergences, kernel))
         epoch_means = torch.tensor(means).mean(0).tolist()
-        names = ("forward_kl", "reverse_kl", "proxy_forward_kl")
-        for name, value in zip(names, epoch_means, strict=True):
-            self._epoch_metrics[f"training_{name}"] = value
+        self._epoch_metrics.update(zip(TRAINING_METRICS, epoch_means, strict=True))
         return epoch_means[0]
 
     def _divergences(
@@ -809,6 +828,8 @@ class JeffreysNPE(NPE):
         if self._stage.trains_flow:
             forward_kl = self._forward_kl(batch, loss_args)
         divergences = Divergences()
+        if self._stage is Stage.LIKELIHOOD:
+            divergences.likelihood_loss = self._likelihood_loss(batch)
         if self._stage.trains_proxy:
             proposals = self._proposals_at(batch, loader)
             divergences = self._proxy_divergences(batch, proposals, loss_args)
@@ -832,6 +853,36 @@ class JeffreysNPE(NPE):
                 proxy, self._prior, theta, x, self._num_atoms
             )
         return Divergences(None, reverse_kl, proxy_forward_kl, log_partition)
+
+    def _likelihood_loss(self, batch: Sequence[Tensor]) -> Tensor:
+        r"""Return $-\sum_k \log \ell_k(x \mid \theta)$ over what still improves."""
+        theta, x = batch[0].to(self._device), batch[1].to(self._device)
+        likelihoods = self._likelihoods
+        assert likelihoods is not None
+        losses = [likelihoods.loss(theta, x, k) for k in self._improving_likelihoods]
+        return torch.stack(losses).sum(0)
+
+    @property
+    def _likelihoods(self) -> Optional[SurrogateLikelihoods]:
+        """The surrogates of the likelihood, `None` where the proxy has none."""
+        proxy = self._estimator.proxy
+        return proxy.likelihoods if isinstance(proxy, PooledEnergy) else None
+
+    @property
+    def _improving_likelihoods(self) -> List[int]:
+        """The surrogates that have improved lately, or are too new to tell."""
+        assert self._likelihoods is not None
+        return [
+            k
+            for k in range(len(self._likelihoods))
+            if self.epoch - self._last_improvement(_likelihood_name(k))
+            <= self._stop_after_epochs
+        ]
+
+    def _last_improvement(self, name: str) -> int:
+        """Epoch of this stage in which a model was at its best, or that before it."""
+        before = self._stage_start - 1
+        return max(before, self._best[name][1]) if name in self._best else before
 
     def _forward_kl(
         self, batch: Sequence[Tensor], loss_args: Optional[LossArgs]
@@ -857,12 +908,15 @@ class JeffreysNPE(NPE):
         """The models that do not learn in this stage, though their gradients exist."""
         estimator = self._estimator
         models = {
+            Stage.LIKELIHOOD: (estimator.flow,),
             Stage.PROXY: (estimator.flow,),
             Stage.DISTILLATION: (estimator.proxy,),
         }
         return models.get(self._stage, ())
 
     def _lagrangian(self, divergences: Divergences) -> Tensor:
+        if divergences.likelihood_loss is not None:
+            return divergences.likelihood_loss
         dual_variables = self._weights.dual_variables.tolist()
         terms = [
             weight * divergence
@@ -1015,12 +1069,15 @@ class JeffreysNPE(NPE):
         parts: List[Divergences] = []
         kernels: List[Tensor] = []
         distances: List[Tensor] = []
+        likelihood_losses: List[Tensor] = []
         with torch.no_grad():
             for batch in val_loader:
                 kernel = self._calibration(batch[1].to(self._device), loss_args)
                 forward_kl = self._forward_kl(batch, loss_args)
                 losses.append(kernel * forward_kl)
-                if self._stage is Stage.FLOW:
+                if self._stage is Stage.LIKELIHOOD:
+                    likelihood_losses.append(kernel * self._likelihood_losses(batch))
+                if self._stage in (Stage.FLOW, Stage.LIKELIHOOD):
                     continue
                 judged = self._judged(batch)
                 if not judged.any():
@@ -1043,6 +1100,8 @@ class JeffreysNPE(NPE):
         else:
             self._epoch_metrics.update(dict.fromkeys(VALIDATION_METRICS, math.nan))
             self._epoch_metrics["validation_forward_kl"] = val_loss
+        if likelihood_losses:
+            self._keep_best_likelihoods(torch.cat(likelihood_losses, 1).mean(1))
         if self._stage.trains_flow:
             distance = torch.cat(distances).mean().item() if distances else 0.0
             self._keep_best("flow", val_loss + self._proxy_share * distance, val_loss)
@@ -1054,6 +1113,25 @@ class JeffreysNPE(NPE):
             self._epoch_metrics[name] = value
         self._epoch_metrics["trust"] = self._weights.trust
         return val_loss
+
+    def _likelihood_losses(self, batch: Sequence[Tensor]) -> Tensor:
+        r"""Return $-\log \ell_k(x \mid \theta)$ of all surrogates, `(K, batch_dim)`."""
+        theta, x = batch[0].to(self._device), batch[1].to(self._device)
+        assert self._likelihoods is not None
+        return -self._likelihoods(theta.unsqueeze(0), x)[:, 0]
+
+    def _keep_best_likelihoods(self, losses: Tensor) -> None:
+        """Keep every surrogate of the likelihood that is better than before."""
+        self._epoch_metrics["validation_likelihood_loss"] = losses.mean().item()
+        for k, loss in enumerate(losses.tolist()):
+            self._keep_best(_likelihood_name(k), loss, loss)
+
+    def _model(self, name: str) -> Module:
+        """Return the model that `_best` has under this name."""
+        if name in ("flow", "proxy"):
+            return getattr(self._estimator, name)
+        assert self._likelihoods is not None
+        return self._likelihoods.members[int(name.removeprefix(LIKELIHOOD_PREFIX))]
 
     def _judged(self, batch: Sequence[Tensor]) -> Tensor:
         """Return which simulations of a batch the proxy is validated on."""
@@ -1142,13 +1220,23 @@ class JeffreysNPE(NPE):
     def _start_next_stage(self) -> None:
         following = self._stage.next
         assert following is not None
+        if following is Stage.LIKELIHOOD and self._likelihoods is None:
+            following = Stage.PROXY
         for name in ("flow", "proxy"):
             if name in self._best:
                 getattr(self._estimator, name).load_state_dict(self._best[name][2])
+        if self._stage is Stage.LIKELIHOOD:
+            for name in filter(_is_likelihood, self._best):
+                self._model(name).load_state_dict(self._best[name][2])
+        if self._stage is Stage.PROXY:
+            self._weigh_factors()
         self._stage, self._stage_start = following, self.epoch
         self._is_new = False
         self.optimizer.state.clear()
         self._average.restart()
+        proxy = self._estimator.proxy
+        if following is Stage.PROXY and isinstance(proxy, PooledEnergy):
+            proxy.reset_weights()  # its network learns by itself
         if following is Stage.DISTILLATION:
             # From here on a flow is also judged by what it has learnt from the proxy,
             # as far as that can be trusted.
@@ -1157,6 +1245,41 @@ class JeffreysNPE(NPE):
             self._proxy_share = self._weights.flow_share
             if self._proxy_share > 0:  # else the flows are compared as before
                 del self._best["flow"]
+
+    def _weigh_factors(self) -> None:
+        """Weigh the factors of the best proxy, and keep that if it is better."""
+        proxy = self._estimator.proxy
+        if not isinstance(proxy, PooledEnergy) or "proxy" not in self._best:
+            return
+        self._estimator.eval()
+        with torch.no_grad():
+            proxy.weights.copy_(choose_weights(*self._factors_on_validation(proxy)))
+        self._validate(*self._validation)
+        proxy.load_state_dict(self._best["proxy"][2])
+
+    def _factors_on_validation(self, proxy: PooledEnergy) -> Tuple[Tensor, Tensor]:
+        """Return what `choose_weights` needs of the validation simulations."""
+        theta, x = self._validation_simulations()
+        if self._round > 0:  # parameters come from a proposal
+            points = as_atoms(theta)
+            log_prior = self._prior.log_prob(points.flatten(0, 1))  # type: ignore[union-attr]
+            log_base = proxy.base.log_prob(points) - log_prior.reshape(points.shape[:2])
+        else:
+            proposals = self._proposals.get("validation")
+            if proposals is None:  # dataloaders of the user's
+                proposals = self._draw_proposals(x, VALIDATION_MULTIPLE)
+            points = torch.cat((theta.unsqueeze(0), proposals.theta))
+            num_flow = len(proposals.log_ratio)
+            log_weights = proxy.base.log_prob(theta) - log_mixture(
+                self._estimator.flow.log_prob(theta.unsqueeze(0), x)[0],
+                proxy.base.reference_log_prob(theta.unsqueeze(0))[0],
+                num_flow,
+                len(proposals.theta) - num_flow,
+            )
+            log_base = torch.cat((log_weights.unsqueeze(0), proposals.log_weights))
+        chunks = torch.arange(len(x), device=x.device).split(VALIDATION_CHUNK)
+        log_factors = [proxy.log_factors(points[:, c], x[c]) for c in chunks]
+        return torch.cat(log_factors, 2), log_base
 
     @property
     def _candidate(self) -> Optional[int]:
@@ -1185,19 +1308,19 @@ class JeffreysNPE(NPE):
         """Keep a model if it is the best so far.
 
         Args:
-            name: `"flow"` or `"proxy"`.
+            name: `"flow"`, `"proxy"` or the name of a surrogate of the likelihood.
             score: What models are compared by.
             loss: Its validation loss.
 
         Returns:
             Whether it is.
         """
-        model = getattr(self._estimator, name)
+        model = self._model(name)
         score = math.inf if math.isnan(score) else score
         if name in self._best and not score < self._best[name][0]:
             return False
         self._best[name] = (score, self.epoch, copy_of_state(model), loss)
-        goes_with_flow = name == "flow" or not self._stage.trains_flow
+        goes_with_flow = name == "flow" or self._stage is Stage.PROXY
         if goes_with_flow and self._estimator.shares_parameters:
             state = copy_of_state(self._estimator.proxy)
             self._best["flow's proxy"] = (score, self.epoch, state, loss)
@@ -1230,7 +1353,10 @@ class JeffreysNPE(NPE):
         # Without a weight on the proxy there is nothing to learn after the flow.
         has_proxy = bool(self._weights.dual_variables[1:].any())
         is_last = self._stage.next is None
-        share = math.inf if is_last or not has_proxy else self._max_num_epochs / 3
+        num_stages = len(Stage) - (self._likelihoods is None)
+        share = math.inf
+        if has_proxy and not is_last:
+            share = self._max_num_epochs / num_stages
         is_over = epoch - self._stage_start >= share
         flow = self._estimator.flow
         if self._is_new and isinstance(flow, FlowCandidates) and share < math.inf:
@@ -1399,6 +1525,7 @@ class JeffreysNPE(NPE):
         state.update(_proposals={}, _proxy_samples={})
         state.update(_checkpoint=None, _before_training=None)
         state.pop("_average", None)
+        state.pop("_validation", None)
         return state
 
 
@@ -1419,8 +1546,16 @@ def _as_weights(weights: Union[str, Weights]) -> Weights:
     return named[weights]()
 
 
+def _likelihood_name(index: int) -> str:
+    return f"{LIKELIHOOD_PREFIX}{index}"
+
+
+def _is_likelihood(name: str) -> bool:
+    return name.startswith(LIKELIHOOD_PREFIX)
+
+
 def _means(divergences: Divergences, kernel: Tensor) -> List[float]:
     return [
         math.nan if part is None else (kernel * part.detach()).mean().item()
-        for part in divergences.losses
+        for part in (*divergences.losses, divergences.likelihood_loss)
     ]
