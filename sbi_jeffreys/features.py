@@ -76,9 +76,28 @@ class Features(nn.Module):
             x: Simulation outputs of shape `(batch_dim, *condition_shape)`.
 
         Returns:
-            Of shape `(batch_dim, num_continuous)`, zero where outputs are missing.
+            Of shape `(batch_dim, num_continuous)`. Outputs that are missing (NaN or
+            infinite) have the score of the average.
         """
         return self._normal(self._standard(_finite_or_nan(x)).nan_to_num(nan=0.0))
+
+    def from_normal_scores(self, scores: Tensor) -> Tensor:
+        """Return the values of the continuous outputs that have these normal scores.
+
+        Args:
+            scores: Of shape `(batch_dim, num_continuous)`.
+
+        Returns:
+            Of the same shape, within the range of the values that were fitted to.
+        """
+        y = scores.T.contiguous()
+        right = torch.searchsorted(self.scores, y).clamp(1, NUM_KNOTS - 1)
+        x0, x1 = self.knots.gather(1, right - 1), self.knots.gather(1, right)
+        y0, y1 = self.scores.gather(1, right - 1), self.scores.gather(1, right)
+        width = (y1 - y0).clamp_min(torch.finfo(y.dtype).tiny)
+        share = ((y - y0) / width).clamp(0.0, 1.0)
+        standard = (x0 + share * (x1 - x0)).T
+        return standard * self.scale[self.continuous] + self.mean[self.continuous]
 
     def _normal(self, standard: Tensor) -> Tensor:
         values = standard[:, self.continuous].T.contiguous()

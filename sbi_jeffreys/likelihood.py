@@ -69,7 +69,7 @@ class SurrogateLikelihoods(nn.Module):
         super().__init__()
         self.outputs = Outputs(x)
         self.coordinates = coordinates
-        z = coordinates.standardize(theta)
+        z = _saturate(coordinates.standardize(theta))
         y, _ = self.outputs(x)
         members: List[nn.Module] = [
             IndependentLikelihood(z, y, self.outputs, probability)
@@ -118,6 +118,20 @@ class SurrogateLikelihoods(nn.Module):
         y, categories = self.outputs(x)
         return -self.members[index](z[None], y, categories)[0]
 
+    @torch.no_grad()
+    def sample(self, theta: Tensor) -> Tensor:
+        r"""Draw simulation outputs $x \sim \ell_1(x \mid \theta)$, as a simulator does.
+
+        Args:
+            theta: Parameters of shape `(batch_dim, num_parameters)`.
+
+        Returns:
+            Of shape `(batch_dim, num_outputs)`, within the range of the simulations.
+        """
+        z = _saturate(self.coordinates.standardize(theta))
+        first = cast(IndependentLikelihood, self.members[0])
+        return self.outputs.inverse(*first.sample(z))
+
 
 class Outputs(nn.Module):
     """Simulation outputs as a likelihood sees them: scores and categories.
@@ -132,6 +146,7 @@ class Outputs(nn.Module):
     """
 
     spacing: Tensor
+    origin: Tensor
     discrete: Tensor
     values: Tensor
 
@@ -145,6 +160,8 @@ class Outputs(nn.Module):
         for column in continuous.nonzero().flatten().tolist():
             spacing[column] = _lattice_spacing(x[:, column].float())
         self.register_buffer("spacing", spacing)
+        origin = x.float().nan_to_num(torch.inf, torch.inf, torch.inf).amin(0)
+        self.register_buffer("origin", origin.nan_to_num(posinf=0.0))
         counts = num_values(x)[~continuous].tolist()
         values = torch.full((len(counts), max(counts, default=1) or 1), torch.inf)
         for row, column in enumerate(self.discrete.tolist()):
@@ -170,6 +187,23 @@ class Outputs(nn.Module):
         if self.training:
             x = x + self.spacing * (torch.rand_like(x, dtype=torch.float32) - 0.5)
         return self.features.normal_scores(x), categories
+
+    def inverse(self, scores: Tensor, categories: Tensor) -> Tensor:
+        """Return outputs that have these scores and categories.
+
+        Args:
+            scores: Normal scores of shape `(batch_dim, num_continuous)`.
+            categories: Categories of shape `(batch_dim, num_discrete)`.
+
+        Returns:
+            Of shape `(batch_dim, num_outputs)`.
+        """
+        x = scores.new_empty(len(scores), len(self.spacing))
+        x[:, self.features.continuous] = self.features.from_normal_scores(scores)
+        x[:, self.discrete] = self.values.gather(1, categories.T).T
+        step = torch.where(self.spacing > 0, self.spacing, 1.0)
+        on_lattice = self.origin + step * ((x - self.origin) / step).round()
+        return torch.where(self.spacing > 0, on_lattice, x)
 
 
 class IndependentLikelihood(nn.Module):
@@ -236,28 +270,54 @@ class IndependentLikelihood(nn.Module):
             log_likelihood = log_likelihood + self._of_categories(hidden, categories)
         return log_likelihood
 
+    def sample(self, z: Tensor) -> Tuple[Tensor, Tensor]:
+        """Draw scores and categories of the outputs.
+
+        Args:
+            z: Standardised parameters of shape `(batch_dim, num_parameters)`.
+
+        Returns:
+            Of shapes `(batch_dim, num_scores)` and `(batch_dim, num_discrete)`.
+        """
+        features = self.features(z)
+        hidden = self.hidden(features)
+        y = hidden.new_empty(len(z), 0)
+        categories = torch.empty_like(y, dtype=torch.long)
+        if self.coordinates is not None:
+            u = self._student(features, hidden).sample()
+            # `u` is whitened but holds the regression, whose features have no place.
+            y = u @ self.coordinates.cholesky.T + self.coordinates.bias
+            y = y * self.coordinates.scale + self.coordinates.mean
+        if hasattr(self, "logits"):
+            categories = self._categorical(hidden).sample()
+        return y, categories
+
     def _of_scores(self, features: Tensor, hidden: Tensor, y: Tensor) -> Tensor:
         coordinates = cast(ResidualCoordinates, self.coordinates)
         # Whitening is linear: of the scores it is done once, not for every parameter.
-        whitening = coordinates.whitening
-        u = (coordinates.standardize(y) - coordinates.bias) @ whitening.T
+        u = (coordinates.standardize(y) - coordinates.bias) @ coordinates.whitening.T
+        return self._student(features, hidden).log_prob(u).sum(-1)
+
+    def _student(self, features: Tensor, hidden: Tensor) -> StudentT:
+        coordinates = cast(ResidualCoordinates, self.coordinates)
         location, log_scale = self.location_and_scale(hidden).chunk(2, -1)
-        location = location + features @ (whitening @ coordinates.weight).T
+        regression = coordinates.whitening @ coordinates.weight
+        location = location + features @ regression.T
         log_scale = MAX_LOG_SCALE * torch.tanh(log_scale / MAX_LOG_SCALE)
         degrees_of_freedom = 2.0 + F.softplus(self.tails)
-        student = StudentT(
+        return StudentT(
             degrees_of_freedom, location, log_scale.exp(), validate_args=False
         )
-        return student.log_prob(u).sum(-1)
 
     def _of_categories(self, hidden: Tensor, categories: Tensor) -> Tensor:
+        log_prob = self._categorical(hidden).log_prob(categories.clamp_min(0))
+        return log_prob.where(categories >= 0, 0.0).sum(-1)
+
+    def _categorical(self, hidden: Tensor) -> Categorical:
         impossible = cast(Tensor, self.impossible)
         logits = self.logits(hidden).unflatten(-1, impossible.shape)
         logits = logits.masked_fill(impossible, -torch.inf)
-        log_prob = Categorical(logits=logits, validate_args=False).log_prob(
-            categories.clamp_min(0)
-        )
-        return log_prob.where(categories >= 0, 0.0).sum(-1)
+        return Categorical(logits=logits, validate_args=False)
 
 
 class FlowLikelihood(nn.Module):
@@ -287,12 +347,14 @@ class FlowLikelihood(nn.Module):
 
 
 def has_likelihood(x: Tensor) -> bool:
-    """Return whether outputs are few enough for surrogates of their likelihood.
+    """Return whether outputs can have surrogates of their likelihood.
+
+    They are few enough, and vary.
 
     Args:
         x: Simulation outputs of shape `(num_simulations, *condition_shape)`.
     """
-    return x.ndim == 2 and x.shape[1] <= MAX_OUTPUTS
+    return x.ndim == 2 and x.shape[1] <= MAX_OUTPUTS and bool((num_values(x) > 1).any())
 
 
 def _saturate(z: Tensor) -> Tensor:

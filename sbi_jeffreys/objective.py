@@ -30,7 +30,11 @@ from torch import Tensor
 
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.flow import rsample_and_log_prob, score
+from sbi_jeffreys.moves import metropolis_moves
 from sbi_jeffreys.partition import LogPartition, from_log_weights, log_mixture
+
+# Metropolis moves of the proxy's samples.
+NUM_MOVES = 10
 
 
 @dataclass
@@ -272,7 +276,10 @@ class JeffreysObjective:
         proposals: Proposals,
         num_samples: int,
     ) -> ProxySamples:
-        r"""Draw samples of the proxy by sampling importance resampling.
+        r"""Draw samples of the proxy: resampled by their weights, then moved.
+
+        Where the weights are uneven, resampling repeats samples; a few Metropolis
+        moves with the proxy as their stationary distribution spread them.
 
         Args:
             proxy: The proxy $q$.
@@ -281,7 +288,7 @@ class JeffreysObjective:
             num_samples: Number of samples at every condition.
 
         Returns:
-            The samples, some of them the same where the weights are uneven.
+            The samples.
         """
         log_weights = proxy(proposals.theta, x) + proposals.log_weights
         log_partition = self._log_partition(log_weights)
@@ -291,10 +298,13 @@ class JeffreysObjective:
         index = torch.multinomial(weights.T, num_samples, replacement=True).T
         condition = torch.arange(len(x), device=index.device)
         theta = proposals.theta[index, condition]
+        theta = metropolis_moves(
+            lambda points: proxy.log_unnormalized(points, x), theta, NUM_MOVES
+        )
         log_z = log_partition.debiased
         return ProxySamples(
             theta,
-            proxy.base.log_prob(theta) + proxy(theta, x) - log_z,
+            proxy.log_unnormalized(theta, x) - log_z,
             log_z,
             log_partition.effective_sample_size,
         )

@@ -98,6 +98,7 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
             name: dict(vars(samples))
             for name, samples in inference._proxy_samples.items()
         },
+        "synthetic_x": inference._synthetic_x,
         "random_state": random_state(inference._device),
     }
 
@@ -132,6 +133,7 @@ def restore(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
         name: ProxySamples(**_to(inference._device, samples))
         for name, samples in state["proxy_samples"].items()
     }
+    inference._synthetic_x = _to(inference._device, state["synthetic_x"])
 
 
 def _state_of_base(inference: "JeffreysNPE") -> Dict[str, Any]:

@@ -107,7 +107,7 @@ def plot_training(
 
     stages = list(summary.get("stage", ()))
     starts = [i for i in range(1, len(stages)) if stages[i] != stages[i - 1]]
-    if stages and len(starts) <= 2:  # of one training there is room for the names
+    if stages and len(starts) <= 3:  # of one training there is room for the names
         firsts, ends = (0, *starts), (*starts, len(stages))
         for first, end in zip(firsts, ends, strict=True):
             side, place = "center", (first + end) / 2

@@ -73,7 +73,9 @@ class PooledEnergy(ConditionalEnergy):
             Of shape `(sample_dim, batch_dim)`.
         """
         of_net, *of_likelihoods = self.weights.tolist()
-        f = of_net * self.net(theta, x)
+        f = theta.new_zeros(theta.shape[:2])
+        if of_net > 0:
+            f = of_net * self.net(theta, x)
         used = [k for k, weight in enumerate(of_likelihoods) if weight > 0]
         if used:
             log_likelihoods = self.likelihoods(theta, x, used)
@@ -109,6 +111,8 @@ def choose_weights(log_factors: Tensor, log_base: Tensor) -> Tensor:
         Of shape `(num_factors,)`.
     """
     factors, base = log_factors.double(), log_base.double()
+    # Neither inside nor outside the support: outside.
+    base = torch.where(base.isnan(), -torch.inf, base)
     # Simulations at which no sample lies in the support tell nothing.
     known = base[1:].isfinite().any(0) & base[0].isfinite()
     factors, base = factors[:, :, known].cpu(), base[:, known].cpu()

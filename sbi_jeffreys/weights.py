@@ -27,10 +27,13 @@ class Weights(ABC):
     Attributes:
         dual_variables: $\lambda$, of shape `(3,)`.
         trust: The probability that the proxy is nearer to the truth than the flow.
+        forward_share: Share of $D_1$ that the flow is asked to lower while it learns
+            from the proxy.
     """
 
     dual_variables: Tensor
     trust: float
+    forward_share: float = 1.0
 
     @property
     @abstractmethod
@@ -166,7 +169,8 @@ class AdaptiveWeights(Weights):
     the exponent $\beta$ of the refined posterior, chosen on the same simulations, is
     not misled by them. Of the reverse divergence the flow is asked to lower the share
     $\beta \tau$, the proxy all: being held near the flow is what keeps it from
-    overfitting.
+    overfitting. Of $D_1$, to which the flow overfits, it is then asked to lower the
+    rest, $1 - \beta \tau$ as they were when it began to learn from the proxy.
 
     Args:
         relaxation: Cost $h$ of relaxing a constraint.
@@ -237,6 +241,7 @@ class AdaptiveWeights(Weights):
 
     def start_distillation(self, exponent: float) -> None:
         self.exponent = exponent
+        self.forward_share = 1.0 - self.flow_share
 
     def start_round(self) -> None:
         # Another round's simulations have another entropy; the duals carry over.

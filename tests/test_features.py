@@ -7,7 +7,14 @@ import pytest
 import torch
 from scipy import stats
 
-from sbi_jeffreys.features import MAX_SCORE, Features
+from sbi_jeffreys.features import (
+    MAX_SCORE,
+    MAX_SIMULATIONS,
+    MIN_DISTINCT,
+    Features,
+    is_continuous,
+    num_values,
+)
 
 
 def skewed(num: int = 1000, seed: int = 0) -> torch.Tensor:
@@ -110,3 +117,69 @@ def test_features_survive_the_state_dict():
     features, other = Features(x), Features(skewed(seed=1))
     other.load_state_dict(features.state_dict())
     assert torch.equal(other(x), features(x))
+
+
+def test_normal_scores_are_the_features_without_the_standard_scores():
+    """They are of the continuous outputs alone, in their order and of any shape."""
+    x = torch.randn(400, 2, 3).exp()
+    x[:, 0, 1] = x[:, 0, 1].round()
+    features = Features(x)
+    assert features.continuous.tolist() == [0, 2, 3, 4, 5]
+    normal = features.normal_scores(x)
+    assert torch.equal(normal, features(x)[:, 6:])
+    expected = stats.norm.ppf((stats.rankdata(x[:, 0, 2].numpy()) - 0.5) / 400)
+    # Exact at the hundred knots, linear between.
+    assert np.abs(normal[:, 1].numpy() - expected).max() < 0.1
+
+
+def test_there_are_no_normal_scores_of_discrete_outputs():
+    """Where all outputs are discrete there is a score of none."""
+    x = torch.randint(0, 3, (300, 2)).float()
+    assert Features(x).normal_scores(x).shape == (300, 0)
+
+
+@pytest.mark.parametrize("missing", [torch.nan, torch.inf, -torch.inf])
+def test_normal_scores_of_missing_outputs_are_those_of_the_average(missing):
+    """A missing output looks like one at its mean."""
+    x = skewed()
+    holes = x[:5].clone()
+    holes[2, 1] = missing
+    normal = Features(x).normal_scores(holes)
+    holes[2, 1] = x[:, 1].mean()
+    at_mean = Features(x).normal_scores(holes)[2, 1]
+    torch.testing.assert_close(normal[2, 1], at_mean, rtol=1e-4, atol=1e-4)
+    seen = torch.ones(5, 2, dtype=torch.bool)
+    seen[2, 1] = False
+    assert torch.equal(normal[seen], Features(x).normal_scores(x[:5])[seen])
+
+
+def test_number_of_values():
+    """It is that of numpy, without what is missing."""
+    x = torch.cat(
+        (
+            torch.randint(0, 7, (500, 1)).float(),
+            torch.randn(500, 1),
+            torch.full((500, 1), 2.0),
+            torch.full((500, 1), torch.nan),
+            torch.tensor([0.0, 1.0, torch.nan, torch.inf, -torch.inf]).repeat(100)[
+                :, None
+            ],
+            torch.tensor([-0.0, 0.0]).repeat(250)[:, None],
+        ),
+        1,
+    )
+    expected = [len(np.unique(c[np.isfinite(c)])) for c in x.numpy().T]
+    assert expected == [7, 500, 1, 0, 2, 1]
+    assert num_values(x).tolist() == expected
+    assert num_values(x.reshape(500, 2, 3)).tolist() == expected
+    assert num_values(x[:, :0].reshape(500, 0)).shape == (0,)
+
+
+def test_continuous_outputs_have_twenty_values():
+    """Those that come after the first simulations are not waited for."""
+    assert MIN_DISTINCT == 20
+    index = torch.arange(MAX_SIMULATIONS + 1000)
+    late = (index - MAX_SIMULATIONS).clamp_min(0)
+    x = torch.stack((index % 19, index % 20, late), 1).float()
+    assert num_values(x).tolist() == [19, 20, 1]
+    assert is_continuous(x).tolist() == [False, True, False]
