@@ -125,6 +125,11 @@ def restore(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
         inference._summary[name][:] = values
     inference._num_skipped_steps = state["num_skipped_steps"]
     inference._val_loss = state["validation_loss"]
+    restore_samples(inference, state)
+
+
+def restore_samples(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
+    """Put back the samples that `capture` took."""
     inference._proposals = {
         name: Proposals(**_to(inference._device, proposals))
         for name, proposals in state["proposals"].items()

@@ -54,6 +54,7 @@ from sbi_jeffreys.persistence import (
     read,
     record_built_with,
     restore,
+    restore_samples,
     set_random_state,
     to_content,
     write,
@@ -450,6 +451,10 @@ class JeffreysNPE(NPE):
             # A training that had not ended. What its end would have done:
             self._restore_best()
             with keeping_random_state(self._device):
+                stage, proxy = Stage(self._last_epoch["stage"]), self._estimator.proxy
+                if stage is Stage.PROXY and isinstance(proxy, PooledEnergy):
+                    restore_samples(self, self._last_epoch)
+                    self._choose_weights(proxy)
                 self._estimator.exponent = self._choose_exponent()
         return self
 
@@ -740,7 +745,7 @@ class JeffreysNPE(NPE):
                 "for NaN, infinite or extreme values in theta and x, and try a lower "
                 "learning_rate."
             ) from error
-        failed = self._candidate
+        failed, failed_stage = self._candidate, self._stage
         restore(self, state)
         num_epochs = state["epoch"]
         if isinstance(error, KeyboardInterrupt):
@@ -756,8 +761,9 @@ class JeffreysNPE(NPE):
                 f"{MAX_RETRIES + 1} times ({error!r})."
             )
             passed_over = f"Candidate {failed} of the flow is"
-            if self._stage is Stage.LIKELIHOOD:
+            if failed_stage is Stage.LIKELIHOOD:
                 passed_over = "Surrogates of the likelihood are"
+                self._stage = failed_stage  # they may not have had an epoch
             elif failed is None:
                 return f"Training was stopped {what}"
             warnings.warn(f"{passed_over} passed over {what}", stacklevel=6)
@@ -1275,6 +1281,7 @@ class JeffreysNPE(NPE):
             validation_forward_kl=validation.forward_kl,
             validation_reverse_kl=validation.reverse_kl,
             validation_proxy_forward_kl=validation.proxy_forward_kl,
+            validation_likelihood_loss=math.nan,
             log_partition=torch.cat([p.value for p in partitions]).mean().item(),
             effective_sample_size=torch
             .cat([p.effective_sample_size for p in partitions])
@@ -1290,9 +1297,7 @@ class JeffreysNPE(NPE):
         for name in ("flow", "proxy"):
             if name in self._best:
                 getattr(self._estimator, name).load_state_dict(self._best[name][2])
-        if self._stage is Stage.LIKELIHOOD:
-            for name in filter(_is_likelihood, self._best):
-                self._model(name).load_state_dict(self._best[name][2])
+        self._restore_best_likelihoods()
         if self._stage is Stage.PROXY:
             self._weigh_factors()
         self._stage, self._stage_start = following, self.epoch
@@ -1317,10 +1322,13 @@ class JeffreysNPE(NPE):
         if not isinstance(proxy, PooledEnergy) or "proxy" not in self._best:
             return
         self._estimator.eval()
-        with torch.no_grad():
-            proxy.weights.copy_(choose_weights(*self._factors_on_validation(proxy)))
+        self._choose_weights(proxy)
         self._validate(*self._validation)
         proxy.load_state_dict(self._best["proxy"][2])
+
+    @torch.no_grad()
+    def _choose_weights(self, proxy: PooledEnergy) -> None:
+        proxy.weights.copy_(choose_weights(*self._factors_on_validation(proxy)))
 
     def _factors_on_validation(self, proxy: PooledEnergy) -> Tuple[Tensor, Tensor]:
         """Return what `choose_weights` needs of the validation simulations."""
@@ -1399,7 +1407,12 @@ class JeffreysNPE(NPE):
         proxy = "flow's proxy" if estimator.shares_parameters else "proxy"
         if proxy in self._best:
             estimator.proxy.load_state_dict(self._best[proxy][2])
+        self._restore_best_likelihoods()
         estimator.eval()
+
+    def _restore_best_likelihoods(self) -> None:
+        for name in filter(_is_likelihood, self._best):
+            self._model(name).load_state_dict(self._best[name][2])
 
     def _converged(self, epoch: int, stop_after_epochs: int) -> bool:
         """Return whether no model has improved on validation data for long."""
