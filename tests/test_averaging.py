@@ -132,12 +132,12 @@ def simulate(num):
     return theta, theta + 0.5 * torch.randn(num, 2)
 
 
-def train(num_epochs, **kwargs):
+def train(num_epochs, likelihood="auto", **kwargs):
     torch.manual_seed(1)
     inference = JeffreysNPE(
         PRIOR,
         posterior_nn("maf", hidden_features=8, num_transforms=2),
-        energy_estimator=energy_nn(8, 1),
+        energy_estimator=energy_nn(8, 1, likelihood=likelihood),
         tracker=NoTracker(),
         show_progress_bars=False,
     )
@@ -164,7 +164,8 @@ def train(num_epochs, **kwargs):
 @pytest.mark.filterwarnings("ignore:Maximum number of epochs")
 def test_training_keeps_the_average_of_the_best_epoch(monkeypatch):
     monkeypatch.setattr(trainer, "NUM_AVERAGED_EPOCHS", 2)
-    inference, trained = train(12)
+    # Of the network alone, which has the lowest loss in its own stage.
+    inference, trained = train(12, likelihood="none")
     assert inference.summary["stage"] == (
         ["flow"] * 4 + ["proxy"] * 4 + ["distillation"] * 4
     )
@@ -195,10 +196,36 @@ def test_training_keeps_the_average_of_the_best_epoch(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Maximum number of epochs")
+def test_likelihoods_are_the_averages_of_their_best_epochs(monkeypatch):
+    monkeypatch.setattr(trainer, "NUM_AVERAGED_EPOCHS", 2)
+    inference, trained = train(16)
+    assert inference.summary["stage"][4:8] == ["likelihood"] * 4
+    num_batches = len(trained) // 16
+    start = 4 * num_batches
+    proxy = inference._neural_net.proxy
+    names = [name for name, _ in proxy.named_parameters()]
+    # Averaged from the stage's start: before, the surrogates had not moved.
+    averages, averages_of_epochs = trained[start - 1][1], []
+    for step in range(start, 8 * num_batches):
+        gamma = 1 - 1 / min(2 * num_batches, max(1, (step + 1 - start) / 4))
+        averages = [
+            gamma * average + (1 - gamma) * weights
+            for average, weights in zip(averages, trained[step][1], strict=True)
+        ]
+        if (step + 1) % num_batches == 0:
+            averages_of_epochs.append(dict(zip(names, averages, strict=True)))
+    for k, member in enumerate(proxy.likelihoods.members):
+        expected = averages_of_epochs[inference._best[f"likelihood {k}"][1] - 4]
+        for name, got in member.named_parameters():
+            wanted = expected[f"likelihoods.members.{k}.{name}"]
+            torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:Maximum number of epochs")
 def test_the_flow_of_the_next_stage_begins_with_the_average(monkeypatch):
     monkeypatch.setattr(trainer, "NUM_AVERAGED_EPOCHS", 2)
-    inference, trained = train(12)
-    num_batches = len(trained) // 12
+    inference, trained = train(16)
+    num_batches = len(trained) // 16
     # While the proxy learns, the flow stands still at the best average of its epochs,
     # which none of its steps has had.
     resting = trained[4 * num_batches][0]

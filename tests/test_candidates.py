@@ -264,22 +264,23 @@ def test_outputs_that_are_not_numbers_are_built_from():
 def test_candidates_learn_one_after_the_other():
     inference = make()
     epochs = record(inference)
-    train(inference, 28, simulate(150), stop_after_epochs=100)
-    stages = ["flow"] * 9 + ["proxy"] * 9 + ["distillation"] * 10
+    train(inference, 37, simulate(150), stop_after_epochs=100)
+    stages = ["flow"] * 9 + ["likelihood"] * 9 + ["proxy"] * 9 + ["distillation"] * 10
     assert inference.summary["stage"] == stages
     kept = inference._neural_net.flow.active
-    # Three epochs each, a third of the flow's third.
-    order = [0] * 3 + [1] * 3 + [2] * 3 + [kept] * 19
+    # Three epochs each, a third of the flow's quarter.
+    order = [0] * 3 + [1] * 3 + [2] * 3 + [kept] * 28
     assert [active for active, _, _ in epochs] == order
     for stage, (active, before, after) in zip(stages, epochs, strict=True):
         moved = [not equal(*pair) for pair in zip(before, after, strict=True)]
-        assert moved == [i == active and stage != "proxy" for i in range(3)]
+        learns = stage in ("flow", "distillation")
+        assert moved == [i == active and learns for i in range(3)]
     # The one with the lowest validation loss, as it was then, is the flow from then on.
     losses = inference.summary["validation_loss"]
     best = losses.index(min(losses[:9]))
     assert kept == epochs[best][0]
     assert equal(epochs[9][1][kept], epochs[best][2][kept])
-    assert losses[9:18] == pytest.approx([losses[best]] * 9)
+    assert losses[9:27] == pytest.approx([losses[best]] * 18)
     assert_epochs_are_finite(inference.summary)
 
 
@@ -300,7 +301,7 @@ def test_a_candidate_that_no_longer_improves_makes_room():
         assert losses[start : start + len(of_candidate)] == of_candidate
         start += len(of_candidate)
     assert stages.count("flow") == start < 300
-    assert set(stages) == {"flow", "proxy", "distillation"}
+    assert set(stages) == {"flow", "likelihood", "proxy", "distillation"}
 
 
 @pytest.mark.parametrize(
@@ -308,10 +309,11 @@ def test_a_candidate_that_no_longer_improves_makes_room():
     [
         (2, [0]),
         (3, [0]),
-        (5, [0, 1]),
-        (9, [0, 1, 2]),
-        (13, [0, 1, 2]),
-        (19, [0, 0, 1, 1, 2, 2]),
+        (5, [0]),
+        (6, [0, 1]),
+        (10, [0, 1, 2]),
+        (17, [0, 1, 2]),
+        (25, [0, 0, 1, 1, 2, 2]),
     ],
 )
 def test_a_budget_smaller_than_the_candidates(num_epochs, active):
@@ -364,15 +366,16 @@ def test_the_better_candidate_stays_for_a_posterior_of_two_modes():
     for builder, better in ((of(gaussian, spline), 1), (of(spline, gaussian), 0)):
         inference = make(builder)
         epochs = record(inference)
-        interrupt_before(inference, 22)  # two epochs into the proxy's stage
+        interrupt_before(inference, 20)  # two epochs after the flow's stage
         options = {"training_batch_size": 75, "stop_after_epochs": 100}
-        estimator = train(inference, 60, data(500, 0), learning_rate=2e-2, **options)
+        estimator = train(inference, 80, data(500, 0), learning_rate=2e-2, **options)
+        assert inference.summary["stage"] == ["flow"] * 18 + ["likelihood"] * 2
         assert estimator.flow.active == better
-        losses = inference.summary["validation_loss"][:20]
+        losses = inference.summary["validation_loss"][:18]
         lowest = [
             min(
                 loss
-                for loss, (active, _, _) in zip(losses, epochs[:20], strict=True)
+                for loss, (active, _, _) in zip(losses, epochs[:18], strict=True)
                 if active == index
             )
             for index in range(2)
@@ -394,17 +397,17 @@ def test_the_better_candidate_stays_for_a_posterior_of_two_modes():
 
 def test_a_later_round_goes_on_with_the_flow_of_the_first():
     inference = make()
-    train(inference, 9, simulate(150))
+    train(inference, 10, simulate(150))
     first = inference._neural_net.flow.active
     proposal = inference.build_posterior().set_default_x(torch.zeros(1, 2))
     theta = proposal.sample((90,), show_progress_bars=False)
     inference.append_simulations(theta, theta + torch.randn(90, 2), proposal=proposal)
     epochs = record(inference)
-    train(inference, 9)
-    assert [active for active, _, _ in epochs] == [first] * 9
+    train(inference, 10)
+    assert [active for active, _, _ in epochs] == [first] * 10
     # From scratch, they all begin anew.
     del epochs[:]
-    train(inference, 9, retrain_from_scratch=True)
+    train(inference, 10, retrain_from_scratch=True)
     assert [active for active, _, _ in epochs[:3]] == [0, 1, 2]
 
 
@@ -449,11 +452,11 @@ def test_a_candidate_that_turns_nan_once_goes_on():
     inference = make(of(gaussian, poisoned({4}), small("maf")))
     epochs = record(inference)
     with pytest.warns(UserWarning, match="After 6 complete epochs.*NaN or infinite"):
-        train(inference, 46, simulate(150), stop_after_epochs=100)
+        train(inference, 61, simulate(150), stop_after_epochs=100)
     # It has lost nothing but the epoch that failed.
     assert [active for active, _, _ in epochs[:15]] == [0] * 5 + [1] * 5 + [2] * 5
     assert inference.summary["stage"] == (
-        ["flow"] * 15 + ["proxy"] * 15 + ["distillation"] * 16
+        ["flow"] * 15 + ["likelihood"] * 15 + ["proxy"] * 15 + ["distillation"] * 16
     )
     assert_sound(inference)
 
@@ -466,16 +469,19 @@ def test_a_candidate_that_stays_nan_is_passed_over(index, call):
     inference = make(of(*builders))
     epochs = record(inference)
     with pytest.warns(UserWarning, match="turned NaN or infinite") as said:
-        train(inference, 46, simulate(150), stop_after_epochs=100)
+        train(inference, 61, simulate(150), stop_after_epochs=100)
     assert sum("passed over" in str(each.message) for each in said) == 1
     # It has the epochs in which it was well, and all others theirs.
     num = [5, 5, 5]
     num[index] = 0 if call == 1 else 2
     order = [active for active, before, after in epochs[: sum(num)]]
     assert order == [0] * num[0] + [1] * num[1] + [2] * num[2]
-    stages = inference.summary["stage"]
-    assert stages[: sum(num) + 15] == ["flow"] * sum(num) + ["proxy"] * 15
-    assert stages[sum(num) + 15 :] == ["distillation"] * (31 - sum(num))
+    assert inference.summary["stage"] == (
+        ["flow"] * sum(num)
+        + ["likelihood"] * 15
+        + ["proxy"] * 15
+        + ["distillation"] * (31 - sum(num))
+    )
     assert_sound(inference)
 
 
@@ -498,14 +504,15 @@ def test_a_last_candidate_that_stays_nan_ends_a_training_without_proxy():
     assert inference.summary["best_validation_loss"] == [min(losses)]
 
 
-def test_a_proxy_that_stays_nan_after_such_a_candidate_ends_the_training():
+@pytest.mark.parametrize("likelihood", ["auto", "none"])
+def test_a_proxy_that_stays_nan_after_such_a_candidate_ends_the_training(likelihood):
     class Poisoned(EnergyNet):
         def forward(self, theta, x):
             f = super().forward(theta, x)
             return f * math.nan if torch.is_grad_enabled() else f
 
     def build_energy(theta, x, prior):
-        proxy = energy_nn(8, 1)(theta, x, prior)
+        proxy = energy_nn(8, 1, likelihood=likelihood)(theta, x, prior)
         proxy.net.__class__ = Poisoned
         return proxy
 
@@ -513,7 +520,8 @@ def test_a_proxy_that_stays_nan_after_such_a_candidate_ends_the_training():
     inference = make(builder, energy_estimator=build_energy)
     with pytest.warns(UserWarning, match="stopped.*No training step had finite grad"):
         train(inference, 40, simulate(150), stop_after_epochs=100)
-    assert set(inference.summary["stage"]) == {"flow"}
+    expected = {"flow", "likelihood"} if likelihood == "auto" else {"flow"}
+    assert set(inference.summary["stage"]) == expected
     assert_sound(inference)
 
 
@@ -531,7 +539,7 @@ def test_ctrl_c_keeps_the_best_candidate_so_far(num_epochs):
     epochs = record(inference)
     interrupt_before(inference, num_epochs)
     with pytest.warns(UserWarning, match=f"interrupted after {num_epochs} epochs"):
-        train(inference, 19, simulate(150), stop_after_epochs=100)
+        train(inference, 25, simulate(150), stop_after_epochs=100)
     losses = inference.summary["validation_loss"][:6]
     best = losses.index(min(losses))
     flow = inference._neural_net.flow
@@ -546,28 +554,28 @@ def test_ctrl_c_keeps_the_best_candidate_so_far(num_epochs):
 @pytest.fixture(scope="module")
 def whole():
     inference = make()
-    train(inference, 19, simulate(150))
+    train(inference, 25, simulate(150))
     assert inference.summary["stage"] == (
-        ["flow"] * 6 + ["proxy"] * 6 + ["distillation"] * 7
+        ["flow"] * 6 + ["likelihood"] * 6 + ["proxy"] * 6 + ["distillation"] * 7
     )
     return outcome(inference)
 
 
 # After every epoch of the candidates, and in the later stages.
-@pytest.mark.parametrize("num_epochs", [1, 2, 3, 4, 5, 6, 9, 12, 15])
+@pytest.mark.parametrize("num_epochs", [1, 2, 3, 4, 5, 6, 9, 12, 15, 20])
 def test_a_training_is_resumed_among_candidates(whole, tmp_path, num_epochs):
     part = make()
     interrupt_before(part, num_epochs)
-    train(part, 19, simulate(150))
+    train(part, 25, simulate(150))
     assert len(part.summary["stage"]) == num_epochs
     path = tmp_path / "training.pt"
     part.save(path)
     loaded = make().load(path)
     assert loaded._neural_net.flow.active == part._neural_net.flow.active
     torch.manual_seed(77)  # what another process would have done
-    train(loaded, 19, seed=9, resume_training=True)
+    train(loaded, 25, seed=9, resume_training=True)
     assert_equal(outcome(loaded), whole)
-    train(part, 19, seed=9, resume_training=True)
+    train(part, 25, seed=9, resume_training=True)
     assert_equal(outcome(part), whole)
 
 
@@ -599,10 +607,10 @@ def test_a_pickled_training_is_resumed_among_candidates(whole, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)  # unpickled trainers log where they are
     part = make()
     interrupt_before(part, 3)
-    train(part, 19, simulate(150))
+    train(part, 25, simulate(150))
     other = pickle.loads(pickle.dumps(part))
     other._show_progress_bars = False
-    train(other, 19, seed=9, resume_training=True)
+    train(other, 25, seed=9, resume_training=True)
     assert_equal(outcome(other), whole)
 
 

@@ -65,17 +65,17 @@ def test_plot_training_draws_the_summary():
     )
     with pytest.warns(UserWarning, match="Maximum number of epochs"):
         inference.append_simulations(theta, task.simulator(theta)).train(
-            max_num_epochs=4
+            max_num_epochs=6
         )
     # An epoch of every stage: where a model did not learn there is NaN, and a gap.
-    stages = ["flow"] * 2 + ["proxy"] * 2 + ["distillation"]
+    stages = ["flow"] * 2 + ["likelihood"] * 2 + ["proxy"] * 2 + ["distillation"]
     assert inference.summary["stage"] == stages
     figure, axes = plot_training(inference.summary, fig_kwargs={"figsize": (9, 2)})
     lines = {line.get_label(): line for ax in axes for line in ax.get_lines()}
     drawn = lines["proxy, $D_3$"].get_ydata()
     expected = inference.summary["validation_proxy_forward_kl"]
     np.testing.assert_array_equal(drawn, expected)
-    assert np.isfinite(drawn).tolist() == [False, False, True, True, True]
+    assert np.isfinite(drawn).tolist() == [False] * 4 + [True] * 3
     assert (
         list(lines[r"$\lambda_2$"].get_ydata())
         == (inference.summary["dual_reverse_kl"])
@@ -89,9 +89,9 @@ def test_plot_training_draws_the_summary():
         vertical = [
             x[0] for x in (line.get_xdata() for line in ax.get_lines()) if len(x) == 2
         ]
-        assert vertical == [2.5, 4.5]  # where the stages change
+        assert vertical == [2.5, 4.5, 6.5]  # where the stages change
     names = [text.get_text() for text in axes[0].texts]
-    assert names == ["flow", "proxy", "distillation"]
+    assert names == ["flow", "likelihood", "proxy", "distillation"]
     plt.close(figure)
 
 

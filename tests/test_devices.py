@@ -17,6 +17,8 @@ from sbi_jeffreys import (
     energy_nn,
     proxy_based_potential,
 )
+from sbi_jeffreys.pooled_energy import PooledEnergy
+from sbi_jeffreys.stages import Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:Maximum number of epochs")
 
@@ -61,7 +63,7 @@ def train(device, kind="box", data_device=None, **kwargs):
     theta = source.sample((300,))
     x = theta + 0.5 * torch.randn(300, 2)
     inference.append_simulations(theta, x, data_device=data_device)
-    inference.train(**{"max_num_epochs": 2, **kwargs})
+    inference.train(**{"max_num_epochs": 3, **kwargs})
     return inference
 
 
@@ -79,7 +81,8 @@ def devices_of(estimator):
 def test_training(device, data_device, kind):
     inference = train(device, kind, data_device)
     assert devices_of(inference._neural_net) == {device}
-    assert inference.summary["stage"] == ["flow", "proxy", "distillation"]
+    assert inference.summary["stage"] == [stage.value for stage in Stage]
+    assert isinstance(inference._neural_net.proxy, PooledEnergy)
     assert_epochs_are_finite(inference.summary)
     x_o = torch.full((1, 2), 0.5)
     for sample_with in ("direct", "refined"):
@@ -99,13 +102,13 @@ def test_training(device, data_device, kind):
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_two_rounds_and_resuming(device):
     inference = train(device)
-    inference.train(resume_training=True, max_num_epochs=4)
+    inference.train(resume_training=True, max_num_epochs=5)
     proposal = inference.build_posterior(sample_with="refined")
     proposal.set_default_x(torch.zeros(1, 2))
     theta = proposal.sample((200,))
     x = theta + 0.5 * torch.randn_like(theta)
     inference.append_simulations(theta, x, proposal=proposal)
-    inference.train(max_num_epochs=2, training_batch_size=50)
+    inference.train(max_num_epochs=3, training_batch_size=50)
     assert devices_of(inference._neural_net) == {device}
 
 

@@ -107,7 +107,9 @@ def test_options_reach_the_network():
     } == {12}
     assert len(proxy.net.blocks) == 4
     assert count(proxy, ConditionDropout) == 4
-    assert count(proxy, nn.Dropout) == 0  # of nflows' blocks, a mask for every sample
+    assert (
+        count(proxy.net, nn.Dropout) == 0
+    )  # of nflows' blocks, a mask for every sample
     theta, x = simulations(6)
     randomize(proxy)
     assert torch.equal(proxy(theta[None], x), proxy(theta[None], x))

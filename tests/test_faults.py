@@ -29,6 +29,7 @@ from sbi_jeffreys import (
     energy_nn,
 )
 from sbi_jeffreys.energy import ConditionalEnergy, EnergyNet
+from sbi_jeffreys.stages import Stage
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Maximum number of epochs",
@@ -216,26 +217,26 @@ def poisoned_flow(times, how="nan"):
     return build
 
 
-# Two steps an epoch of these: three with the flow, three without and two with both.
+# Two steps an epoch of these: three with the flow, six without and one with both.
 @pytest.mark.parametrize("how", ["nan", "parameters", "assertion"])
-@pytest.mark.parametrize(("call", "epoch"), [(3, 1), (4, 1), (7, 6), (8, 6)])
+@pytest.mark.parametrize(("call", "epoch"), [(3, 1), (4, 1), (7, 9), (8, 9)])
 def test_a_flow_that_turns_nan_recovers(how, call, epoch):
     inference = make(density_estimator=poisoned_flow({call}, how))
     said = f"After {epoch} complete epochs.*NaN or infinite"
     with pytest.warns(UserWarning, match=said):
-        train(inference, 8, simulate())
-    assert len(inference.summary["trust"]) == 8
+        train(inference, 10, simulate())
+    assert len(inference.summary["trust"]) == 10
     assert_sound(inference)
     lr = inference.optimizer.param_groups[0]["lr"]
     assert lr == pytest.approx(2.5e-3)
 
 
-@pytest.mark.parametrize(("call", "epoch"), [(5, 2), (7, 6)])
+@pytest.mark.parametrize(("call", "epoch"), [(5, 2), (7, 9)])
 def test_a_flow_that_stays_nan_ends_with_the_best_network(call, epoch):
     inference = make(density_estimator=poisoned_flow(set(range(call, 1000))))
     match = f"Training was stopped after {epoch} epochs"
     with pytest.warns(UserWarning, match=match) as w:
-        train(inference, 8, simulate())
+        train(inference, 10, simulate())
     (said,) = (str(each.message) for each in w if "stopped after" in str(each.message))
     assert "NaN/Inf present in JeffreysNPE loss" in said
     losses = inference.summary["validation_loss"][:3]  # while the flow learned
@@ -287,7 +288,7 @@ def test_an_energy_that_is_nan_in_validation_is_told():
 
     inference = make(energy_estimator=build_poisoned)
     with pytest.warns(UserWarning, match="In 3 epochs validation_reverse_kl, valid"):
-        train(inference, 4, simulate())
+        train(inference, 5, simulate())
     assert inference._neural_net.exponent == 0  # the flow alone
     assert inference.build_posterior().sample((5,), x=X_O).isfinite().all()
 
@@ -304,18 +305,18 @@ def test_a_flow_that_cannot_be_inverted_in_the_end(monkeypatch):
     assert inference._neural_net.exponent == 0
 
 
-@pytest.mark.parametrize(("call", "epoch"), [(5, 2), (7, 6)])
+@pytest.mark.parametrize(("call", "epoch"), [(5, 2), (7, 9)])
 def test_errors_that_are_none_of_numbers_are_passed_on(call, epoch):
     inference = make(density_estimator=poisoned_flow({call}, "error"))
     with pytest.raises(RuntimeError, match="out of memory"):
-        train(inference, 8, simulate())
+        train(inference, 10, simulate())
     # But the best network is kept, and training can go on.
     assert parameters(inference._neural_net).isfinite().all()
     assert len(inference.summary["trust"]) == epoch
     assert inference.build_posterior().sample((5,), x=X_O).isfinite().all()
-    train(inference, 8, resume_training=True)
+    train(inference, 10, resume_training=True)
     expected = make(density_estimator=poisoned_flow(()))
-    train(expected, 8, simulate())
+    train(expected, 10, simulate())
     assert torch.equal(
         parameters(inference._neural_net), parameters(expected._neural_net)
     )
@@ -355,7 +356,7 @@ def poisoned_energy(times):
 def test_a_step_with_an_energy_that_is_nan_is_left_out(call, stage):
     inference = make(energy_estimator=poisoned_energy({call}), weights="fixed")
     with pytest.warns(UserWarning, match="1 training steps had gradients"):
-        train(inference, 8, simulate())
+        train(inference, 11, simulate())
     assert PoisonedEnergy.calls == 8
     assert inference.summary["stage"].count(stage) == (3 if stage == "proxy" else 2)
     assert parameters(inference._neural_net).isfinite().all()
@@ -364,21 +365,84 @@ def test_a_step_with_an_energy_that_is_nan_is_left_out(call, stage):
 
 def test_an_energy_that_is_nan_for_long_is_gone_back_from():
     inference = make(energy_estimator=poisoned_energy(range(3, 9)))
-    said = "After 6 complete epochs.*No training step had finite gradients"
+    said = "After 11 complete epochs.*No training step had finite gradients"
     with pytest.warns(UserWarning, match=said):
-        train(inference, 15, simulate())
-    assert inference.summary["stage"] == (
-        ["flow"] * 5 + ["proxy"] * 5 + ["distillation"] * 5
-    )
+        train(inference, 20, simulate())
+    assert inference.summary["stage"] == [s.value for s in Stage for _ in range(5)]
     assert_sound(inference)
 
 
 def test_an_energy_that_stays_nan_leaves_the_flow():
     inference = make(energy_estimator=poisoned_energy(range(3, 1000)))
-    said = "stopped after 6 epochs.*No training step had finite gradients"
+    said = "stopped after 11 epochs.*No training step had finite gradients"
     with pytest.warns(UserWarning, match=said):
-        train(inference, 15, simulate())
-    assert inference.summary["stage"] == ["flow"] * 5 + ["proxy"]
+        train(inference, 20, simulate())
+    assert inference.summary["stage"] == (["flow"] * 5 + ["likelihood"] * 5 + ["proxy"])
+    assert_sound(inference)
+
+
+def poisoned_likelihood(index, times):
+    """Return a builder of a proxy with a surrogate that fails in some calls.
+
+    Calls with gradients are counted from one; those without have number zero.
+    """
+
+    def build_poisoned(theta, x, prior):
+        proxy = energy_nn(8, 1)(theta, x, prior)
+        member = proxy.likelihoods.members[index]
+        num_calls = [0]
+
+        def poison(module, inputs, output):
+            with_gradients = torch.is_grad_enabled()
+            num_calls[0] += with_gradients
+            if (num_calls[0] if with_gradients else 0) in times:
+                return output * math.nan
+            return output
+
+        member.register_forward_hook(poison)
+        return proxy
+
+    return build_poisoned
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_step_with_a_likelihood_that_is_nan_is_left_out(index):
+    inference = make(energy_estimator=poisoned_likelihood(index, {4}))
+    with pytest.warns(UserWarning, match="1 training steps had gradients"):
+        train(inference, 12, simulate())
+    assert inference.summary["stage"] == [s.value for s in Stage for _ in range(3)]
+    assert parameters(inference._neural_net).isfinite().all()
+    assert inference._neural_net.proxy.weights.isfinite().all()
+
+
+# From its second epoch on, and from its first.
+@pytest.mark.parametrize(("call", "num_epochs"), [(3, 1), (1, 0)])
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_likelihood_that_stays_nan_is_passed_over(index, call, num_epochs):
+    energy = poisoned_likelihood(index, range(call, 10_000))
+    inference = make(energy_estimator=energy)
+    with pytest.warns(UserWarning, match="turned NaN or infinite") as said:
+        train(inference, 20, simulate(), stop_after_epochs=100)
+    passed_over = [str(w.message) for w in said if "passed over" in str(w.message)]
+    assert len(passed_over) == 1
+    assert f"likelihood are passed over after {5 + num_epochs} epochs" in passed_over[0]
+    # The others go on to the end.
+    assert inference.summary["stage"] == (
+        ["flow"] * 5
+        + ["likelihood"] * num_epochs
+        + ["proxy"] * 5
+        + ["distillation"] * (10 - num_epochs)
+    )
+    assert_sound(inference)
+
+
+def test_a_likelihood_that_is_nan_in_validation_has_no_weight():
+    inference = make(energy_estimator=poisoned_likelihood(0, {0}))
+    train(inference, 20, simulate())
+    assert inference.summary["stage"] == [s.value for s in Stage for _ in range(5)]
+    weights = inference._neural_net.proxy.weights
+    assert weights[1] < 1e-6
+    assert weights[2:].any()
     assert_sound(inference)
 
 
@@ -425,6 +489,8 @@ STAGES = [
     (JeffreysNPE, "_proposals_at"),
     (JeffreysNPE, "_validate_epoch"),
     (JeffreysNPE, "_keep_best"),
+    (JeffreysNPE, "_keep_best_likelihoods"),
+    (JeffreysNPE, "_weigh_factors"),
     (JeffreysNPE, "_summarize_epoch"),
     (JeffreysNPE, "_check_epoch"),
     (JeffreysNPE, "_maybe_show_progress"),

@@ -197,7 +197,7 @@ def line(request):
         prior, limit = MultivariateNormal(torch.zeros(1), torch.eye(1)), 8
     simulated = prior.sample((300,))
     outputs = simulated + 0.5 * torch.randn(300, 1)
-    proxy = energy_nn(20, 1)(simulated, outputs, prior).eval()
+    proxy = energy_nn(20, 1, likelihood="none")(simulated, outputs, prior).eval()
     torch.nn.init.normal_(proxy.net.final_layer.weight, std=0.7)
     # It leaks beyond the box, and is elsewhere than the proxy.
     flow = LinearGaussianFlow(-torch.ones(1, 1), torch.ones(1), 0.8 * torch.eye(1))
@@ -642,7 +642,7 @@ def test_divergences_of_a_network_against_quadrature(dim):
     # Outputs with noise: without it the residual coordinate goes through its range
     # within a hundredth of the parameter's, which is finer than the grid.
     outputs = simulated[:, :1] + 0.3 * torch.randn(300, 1)
-    proxy = energy_nn(20, 1)(simulated, outputs, prior).eval()
+    proxy = energy_nn(20, 1, likelihood="none")(simulated, outputs, prior).eval()
     torch.nn.init.normal_(proxy.net.final_layer.weight, std=0.7)
     # Narrow enough to leak less than the quadrature sees.
     flow = LinearGaussianFlow(

@@ -25,7 +25,6 @@ from helpers import (
     interrupt_before,
     make,
     outcome,
-    parameters,
     simulate,
     simulator,
     train,
@@ -42,6 +41,9 @@ from sbi_jeffreys import (
     energy_nn,
     persistence,
 )
+from sbi_jeffreys.persistence import copy_of_networks
+from sbi_jeffreys.pooled_energy import PooledEnergy
+from sbi_jeffreys.stages import Stage
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Maximum number of epochs",
@@ -130,6 +132,63 @@ def test_without_simulations_the_file_is_small_and_gives_posteriors(tmp_path):
         again.save(tmp_path / "again.pt")
     again.save(tmp_path / "again.pt", simulations=False)
     assert_equal(outcome(make().load(tmp_path / "again.pt")), outcome(inference))
+
+
+def mixed_outputs(theta):
+    """Return outputs of all kinds that a likelihood tells apart."""
+    rates = theta.exp()
+    return torch.stack(
+        [
+            theta[:, 0] + 0.5 * torch.randn(len(theta)),
+            theta[:, 1] + 0.5 * torch.randn(len(theta)),
+            torch.poisson(50 * rates[:, 0]),  # on a lattice, as good as continuous
+            torch.bernoulli(theta[:, 1].sigmoid()),
+            torch.poisson(rates[:, 1]).clamp_max(4) - 2,
+            torch.full((len(theta),), 7.0),
+        ],
+        1,
+    )
+
+
+OUTPUTS = {
+    "continuous": simulator,
+    "one": lambda theta: simulator(theta)[:, :1],
+    "discrete": lambda theta: torch.bernoulli(theta.sigmoid()),
+    "mixed": mixed_outputs,
+}
+
+
+@pytest.mark.parametrize("simulations", [True, False])
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_the_factors_of_the_proxy_are_loaded(tmp_path, outputs, simulations):
+    theta, _ = simulate()
+    x = OUTPUTS[outputs](theta)
+    inference = make()
+    train(inference, 8, (theta, x), learning_rate=2e-2)
+    proxy = inference._neural_net.proxy
+    assert isinstance(proxy, PooledEnergy)
+    assert len(proxy.likelihoods) == (3 if outputs in ("continuous", "mixed") else 2)
+    path = tmp_path / "fit.pt"
+    inference.save(path, simulations=simulations)
+    loaded = make().load(path)
+    # Whatever weight they were given, every factor is there.
+    for each in (proxy, loaded._neural_net.proxy):
+        each.weights.copy_(torch.linspace(0.5, 1.0, len(each.weights)))
+    points = PRIOR.sample((7, len(x)))
+    with torch.no_grad():
+        log_q, own = (
+            each._neural_net.proxy.log_unnormalized(points, x)
+            for each in (loaded, inference)
+        )
+    assert own.isfinite().all()
+    assert own.std() > 0
+    assert_equal(log_q, own)
+    densities = []
+    for each in (inference, loaded):
+        torch.manual_seed(3)
+        posterior = each.build_posterior(sample_with="refined").set_default_x(x[:1])
+        densities.append(posterior.log_prob(theta[:20]))
+    assert_equal(*densities)
 
 
 def test_pickling_goes_on_as_with_npe(tmp_path, monkeypatch):
@@ -228,6 +287,7 @@ CASES = {
     },
     "fixed": lambda: {"weights": "fixed"},
     "embedding": shared_embedding,
+    "no likelihood": lambda: {"energy_estimator": energy_nn(8, 1, likelihood="none")},
     "dropout": lambda: {"energy_estimator": energy_nn(8, 1, dropout=0.3)},
     "lebesgue": lambda: {"energy_estimator": energy_nn(8, 1, base_measure="lebesgue")},
     "scipy": lambda: {"prior": SCIPY},
@@ -241,35 +301,37 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("epochs", range(1, 9))
+@pytest.mark.parametrize("epochs", range(1, 12))
 def test_resumed_training_equals_uninterrupted(tmp_path, epochs):
     data = simulate()
     whole, part, loaded = make(), make(), make()
     # So seeded that the proxy is worth following.
-    train(whole, 9, data, learning_rate=2e-2, seed=2)
-    train_until(epochs, part, 9, data, learning_rate=2e-2, seed=2)
+    train(whole, 12, data, learning_rate=2e-2, seed=2)
+    train_until(epochs, part, 12, data, learning_rate=2e-2, seed=2)
     path = tmp_path / "training.pt"
     part.save(path)
     loaded.load(path)
     disturb()
-    train(loaded, 9, resume_training=True, seed=9, learning_rate=2e-2)
+    train(loaded, 12, resume_training=True, seed=9, learning_rate=2e-2)
     assert_equal(outcome(loaded), outcome(whole))
     # As it does in the same process.
-    train(part, 9, resume_training=True, seed=9, learning_rate=2e-2)
+    train(part, 12, resume_training=True, seed=9, learning_rate=2e-2)
     assert_equal(outcome(part), outcome(whole))
     # Flows were compared by the same score.
     for inference in (loaded, part):
-        for name in ("flow", "proxy"):
+        assert inference._best.keys() == whole._best.keys()
+        for name in whole._best:
             assert inference._best[name][:2] == whole._best[name][:2]
     assert whole._proxy_share > 0
     # In the midst of every stage, and at both ends.
-    stages = ["flow"] * 3 + ["proxy"] * 3 + ["distillation"] * 3
+    stages = [stage.value for stage in Stage for _ in range(3)]
     assert whole.summary["stage"] == stages
+    assert whole._neural_net.proxy.weights[1:].any()
     assert whole.summary["trust"][-1] > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("epochs", [5, 7])
+@pytest.mark.parametrize("epochs", [3, 5, 7])
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_training_equals_uninterrupted_for(tmp_path, case, epochs):
     inferences = []
@@ -325,7 +387,8 @@ def test_resumed_training_without_a_prior(tmp_path, append):
 @pytest.mark.parametrize(
     "options", [{}, {"discard_prior_samples": True}, {"retrain_from_scratch": True}]
 )
-def test_resumed_training_of_a_later_round(tmp_path, options):
+@pytest.mark.parametrize("epochs", [3, 5])  # of the likelihoods, and of the proxy
+def test_resumed_training_of_a_later_round(tmp_path, options, epochs):
     def first_round(inference):
         train(inference, 3, simulate())
         proposal = inference.build_posterior().set_default_x(X_O)
@@ -336,7 +399,7 @@ def test_resumed_training_of_a_later_round(tmp_path, options):
     first_round(whole)
     train(whole, 7, **options)
     first_round(part)
-    train_until(4, part, 7, **options)
+    train_until(epochs, part, 7, **options)
     part.save(tmp_path / "training.pt")
     loaded = make().load(tmp_path / "training.pt")
     options = {"discard_prior_samples": options.get("discard_prior_samples", False)}
@@ -440,7 +503,7 @@ def test_a_killed_process_is_gone_on_with(tmp_path):
     assert_equal(outcome(make().load(path)), outcome(expected))
 
 
-@pytest.mark.parametrize("num_epochs", [2, 5, 8])
+@pytest.mark.parametrize("num_epochs", [2, 5, 8, 11])
 def test_an_unfinished_training_gives_its_best_networks(
     tmp_path, monkeypatch, num_epochs
 ):
@@ -456,12 +519,14 @@ def test_an_unfinished_training_gives_its_best_networks(
         return train_epoch(*args)
 
     inference._train_epoch = copying
-    train(inference, 10, simulate(), learning_rate=2e-2, checkpoint=path)
+    train(inference, 12, simulate(), learning_rate=2e-2, checkpoint=path)
     loaded = make().load(kept)
     expected = make()
-    train_until(num_epochs, expected, 10, simulate(), learning_rate=2e-2)
+    train_until(num_epochs, expected, 12, simulate(), learning_rate=2e-2)
     assert len(loaded.summary["trust"]) == num_epochs
-    assert torch.equal(parameters(loaded._neural_net), parameters(expected._neural_net))
+    assert_equal(
+        copy_of_networks(loaded._neural_net), copy_of_networks(expected._neural_net)
+    )
     # Chosen with other random numbers.
     assert loaded._neural_net.exponent == pytest.approx(
         expected._neural_net.exponent, abs=0.2
@@ -688,9 +753,10 @@ def test_files_of_others(tmp_path):
 def test_another_version(saved, tmp_path):
     content = torch.load(saved[1], weights_only=True)
     path = tmp_path / "fit.pt"
-    # Of version 1 the stages were others, and version 2 had no average of weights.
-    assert persistence.FORMAT_VERSION == 3
-    for version in (4, 2, 1, None):
+    # Of version 1 the stages were others, version 2 had no average of weights, and
+    # version 3 no surrogates of the likelihood.
+    assert persistence.FORMAT_VERSION == 4
+    for version in (5, 3, 2, 1, None):
         torch.save({**content, "version": version, "written_by": "9.9.9"}, path)
         assert_refused(path, f"format version {version}.*sbi_jeffreys 9.9.9")
 
@@ -725,6 +791,10 @@ def test_files_hold_nothing_but_data(saved):
         ({"density_estimator": "nsf"}, "flow of the file does not fit"),
         ({"energy_estimator": energy_nn(9, 1)}, r"proxy .* \(8,\).* \(9,\)"),
         ({"energy_estimator": energy_nn(8, 2)}, "absent in the file"),
+        (
+            {"energy_estimator": energy_nn(8, 1, likelihood="none")},
+            "proxy of the file does not fit.*likelihoods.* absent here",
+        ),
         (
             {"prior": BoxUniform(-3 * torch.ones(2), 3 * torch.ones(2))},
             "prior given here is not the one",

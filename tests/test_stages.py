@@ -25,6 +25,7 @@ from sbi_jeffreys import (
     trainer,
 )
 from sbi_jeffreys.plots import plot_training
+from sbi_jeffreys.pooled_energy import PooledEnergy
 from sbi_jeffreys.stages import Stage
 
 pytestmark = [
@@ -40,14 +41,34 @@ PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
 def make(shared=False, **kwargs):
     torch.manual_seed(0)
     embedding: Dict[str, Any] = {"embedding_net": StatefulEmbedding()} if shared else {}
+    kwargs.setdefault("energy_estimator", energy_nn(8, 1, **embedding))
     return JeffreysNPE(
         PRIOR,
         posterior_nn("maf", hidden_features=8, num_transforms=2, **embedding),
-        energy_estimator=energy_nn(8, 1, **embedding),
         tracker=NoTracker(),
         show_progress_bars=False,
         **kwargs,
     )
+
+
+def stages_of(num_epochs, shared=False):
+    """Return the stages of epochs that they share evenly.
+
+    With an embedding net, the proxy has no likelihoods, and no stage of theirs.
+    """
+    names = [s.value for s in Stage if not (shared and s is Stage.LIKELIHOOD)]
+    assert num_epochs % len(names) == 0
+    return [name for name in names for _ in range(num_epochs // len(names))]
+
+
+def epochs_of(stage, stages):
+    """Return the epochs of a stage."""
+    return [epoch for epoch, name in enumerate(stages) if name == stage]
+
+
+def best_of(losses, epochs):
+    """Return the first of these epochs with the lowest loss."""
+    return min(epochs, key=lambda epoch: losses[epoch])
 
 
 def train(inference, num_epochs, **kwargs):
@@ -90,23 +111,111 @@ def record(inference):
 
 def split(state):
     """Return what of a state is the embedding's, and what is the model's own."""
-    embedding = {k: v for k, v in state.items() if "embedding_net" in k}
+    # The likelihoods' flow has an embedding too, the identity.
+    embedding = {
+        k: v
+        for k, v in state.items()
+        if "embedding_net" in k and "likelihoods" not in k
+    }
     return embedding, {k: v for k, v in state.items() if k not in embedding}
 
 
+def factors(state):
+    """Return the states of the proxy's network, and of its likelihoods."""
+    likelihoods = {k: v for k, v in state.items() if k.startswith("likelihoods.")}
+    network = {k: v for k, v in state.items() if k.startswith("net.")}
+    assert likelihoods.keys() | network.keys() == state.keys() - {"weights"}
+    return network, likelihoods
+
+
 def test_order():
-    assert [stage.next for stage in Stage] == [Stage.PROXY, Stage.DISTILLATION, None]
-    assert [stage.trains_flow for stage in Stage] == [True, False, True]
-    assert [stage.trains_proxy for stage in Stage] == [False, True, False]
+    assert [stage.next for stage in Stage] == [
+        Stage.LIKELIHOOD,
+        Stage.PROXY,
+        Stage.DISTILLATION,
+        None,
+    ]
+    assert [stage.trains_flow for stage in Stage] == [True, False, False, True]
+    assert [stage.trains_proxy for stage in Stage] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("num_epochs", [8, 24])
+@pytest.mark.parametrize("likelihood", ["auto", "none"])
+def test_stages_share_the_epochs(likelihood, num_epochs):
+    inference = make(energy_estimator=energy_nn(8, 1, likelihood=likelihood))
+    train(inference, num_epochs, stop_after_epochs=100)
+    num_stages = 4 if likelihood == "auto" else 3
+    share = math.ceil((num_epochs - 1) / num_stages)
+    expected = ["flow"] * share
+    if likelihood == "auto":
+        expected += ["likelihood"] * share
+    expected += ["proxy"] * share
+    expected += ["distillation"] * (num_epochs - len(expected))
+    assert inference.summary["stage"] == expected
+    assert isinstance(inference._neural_net.proxy, PooledEnergy) == (
+        likelihood == "auto"
+    )
+    assert_epochs_are_finite(inference.summary)
+
+
+@pytest.mark.parametrize("likelihood", ["auto", "none"])
+def test_every_stage_ends_when_nothing_improves(likelihood):
+    inference = make(energy_estimator=energy_nn(8, 1, likelihood=likelihood))
+    train(inference, 400, stop_after_epochs=2, learning_rate=5e-2)
+    stages = inference.summary["stage"]
+    assert len(stages) < 200
+    expected = [s.value for s in Stage]
+    if likelihood == "none":
+        expected.remove("likelihood")
+    assert list(dict.fromkeys(stages)) == expected
+    assert stages == sorted(stages, key=expected.index)
+    # The last epochs of a stage bring nothing, of no surrogate.
+    if likelihood == "auto":
+        epochs = epochs_of("likelihood", stages)
+        best = [
+            best[1] for name, best in inference._best.items() if "likelihood" in name
+        ]
+        assert len(best) == 3
+        assert max(best) == epochs[-1] - 2
+
+
+def test_surrogates_of_the_likelihood_stop_by_themselves():
+    inference = make()
+    improving, states = [], []
+    train_epoch = inference._train_epoch
+
+    def likelihoods():
+        members = inference._neural_net.proxy.likelihoods.members
+        return [state_of(member) for member in members]
+
+    def recording_train(*args):
+        before = likelihoods()
+        which = None
+        if inference._stage is Stage.LIKELIHOOD:
+            which = list(inference._improving_likelihoods)
+        loss = train_epoch(*args)
+        if which is not None:
+            improving.append(which)
+            states.append((before, likelihoods()))
+        return loss
+
+    inference._train_epoch = recording_train
+    train(inference, 400, stop_after_epochs=2, learning_rate=5e-2)
+    assert improving[0] == [0, 1, 2]
+    assert any(len(which) < 3 for which in improving)
+    for which, (before, after) in zip(improving, states, strict=True):
+        learns = [not equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert learns == [k in which for k in range(3)]
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_only_the_models_of_a_stage_learn(shared):
     inference = make(shared, weights="fixed")  # the proxy is followed from the start
     states = record(inference)
-    train(inference, 12)
+    num_epochs = 12 if shared else 16
+    train(inference, num_epochs)
     stages = inference.summary["stage"]
-    assert stages == ["flow"] * 4 + ["proxy"] * 4 + ["distillation"] * 4
+    assert stages == stages_of(num_epochs, shared)
     assert bool(split(states[0][0][1])[0]) == shared
     assert any("running" in k or "mean" in k for k in split(states[0][0][1])[0]) == (
         shared
@@ -114,28 +223,101 @@ def test_only_the_models_of_a_stage_learn(shared):
     for stage, (before, after, _) in zip(stages, states, strict=True):
         parts = [(split(a), split(b)) for a, b in zip(before, after, strict=True)]
         own = [not equal(a[1], b[1]) for a, b in parts]
-        assert own == [stage != "proxy", stage == "proxy"]
+        assert own == [
+            stage in ("flow", "distillation"),
+            stage in ("likelihood", "proxy"),
+        ]
         if shared:
             # With its running means: an embedding of both is the flow's to learn, but
             # not while a proxy that stands still rests on it.
             embedding = [not equal(a[0], b[0]) for a, b in parts]
             assert embedding == [stage == "flow"] * 2
+        else:
+            pairs = zip(factors(before[1]), factors(after[1]), strict=True)
+            learns = [not equal(a, b) for a, b in pairs]
+            assert learns == [stage == "proxy", stage == "likelihood"]
+            # By itself the network learns; the factors are weighed at the end.
+            alone = torch.tensor([1.0, 0.0, 0.0, 0.0])
+            if stage != "distillation":
+                assert torch.equal(before[1]["weights"], alone)
+            assert torch.equal(before[1]["weights"], after[1]["weights"])
     # A stage begins with the best that the one before has found.
     losses = inference.summary["validation_loss"]
-    best = losses.index(min(losses[:4]))
-    assert equal(states[4][0][0], states[best][1][0])
-    losses = inference.summary["validation_proxy_forward_kl"][4:8]
-    best = 4 + losses.index(min(losses))
-    assert equal(states[8][0][1], states[best][1][1])
-    assert equal(states[8][0][0], states[4][0][0])
-    assert inference.summary["validation_loss"][4:8] == pytest.approx(
-        [min(inference.summary["validation_loss"][:4])] * 4
+    in_flow, in_proxy = epochs_of("flow", stages), epochs_of("proxy", stages)
+    first = {stage: stages.index(stage) for stage in stages}
+    best = best_of(losses, in_flow)
+    for stage in stages_of(len(first), shared)[1:]:
+        assert equal(states[first[stage]][0][0], states[best][1][0])
+    for epoch, stage in enumerate(stages):
+        if stage in ("likelihood", "proxy"):
+            assert losses[epoch] == pytest.approx(losses[best])
+    losses = inference.summary["validation_proxy_forward_kl"]
+    best = states[best_of(losses, in_proxy)][1][1]
+    at_distillation = states[first["distillation"]][0][1]
+    if shared:
+        assert equal(at_distillation, best)
+    else:
+        assert equal(factors(at_distillation)[0], factors(best)[0])
+        for k in range(3):
+            epoch = inference._best[f"likelihood {k}"][1]
+            assert stages[epoch] == "likelihood"
+            name = f"likelihoods.members.{k}."
+            own = {n: v for n, v in states[epoch][1][1].items() if n.startswith(name)}
+            assert own
+            assert equal(own, states[first["proxy"]][0][1])
+
+
+def test_factors_are_weighed_at_the_end_of_the_proxys_stage():
+    inference = make()
+    states, kept = record(inference), []
+    keep_best = inference._keep_best
+
+    def recording_keep(name, score, loss):
+        is_best = keep_best(name, score, loss)
+        if name == "proxy":
+            weights = inference._neural_net.proxy.weights.clone()
+            kept.append((inference.epoch, weights, loss, is_best))
+        return is_best
+
+    inference._keep_best = recording_keep
+    estimator = train(inference, 16)
+    assert inference.summary["stage"] == stages_of(16)
+    *of_network, (epoch, weights, loss, is_best) = kept
+    # Judged on the same simulations and samples as the network alone was.
+    assert len(of_network) == 4
+    assert epoch == 12
+    assert all(torch.equal(w, torch.eye(4)[0]) for _, w, _, _ in of_network)
+    best = min(loss for _, _, loss, _ in of_network)
+    assert is_best
+    assert loss < best
+    assert (weights >= 0).all()
+    assert weights[1:].any()
+    assert torch.equal(states[12][0][1]["weights"], weights)
+    assert torch.equal(estimator.proxy.weights, weights)
+    # The flow follows, and its trust is measured with, the pooled proxy.
+    losses = inference.summary["validation_proxy_forward_kl"]
+    assert losses[12:] == pytest.approx([losses[12]] * 4, abs=1e-5)
+    assert losses[12] < best
+
+
+def test_a_pooled_proxy_that_is_worse_is_not_kept(monkeypatch):
+    monkeypatch.setattr(
+        trainer,
+        "choose_weights",
+        lambda log_factors, log_base: torch.tensor([0.0, 0.0, 0.0, 1e-3]),
     )
+    inference = make()
+    estimator = train(inference, 16)
+    assert torch.equal(estimator.proxy.weights, torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    assert inference._best["proxy"][1] in range(8, 12)
 
 
-def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch):
+@pytest.mark.parametrize("likelihood", ["auto", "none"])
+def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch, likelihood):
     monkeypatch.setattr(trainer, "DISTILLATION_EPOCHS", 2)
-    inference = make(weights="fixed")
+    inference = make(
+        weights="fixed", energy_estimator=energy_nn(8, 1, likelihood=likelihood)
+    )
     states, samples = record(inference), []
     validate_epoch = inference._validate_epoch
 
@@ -145,42 +327,46 @@ def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch):
         return loss
 
     inference._validate_epoch = recording_validation
-    train(inference, 12)
+    start = 8 if likelihood == "auto" else 4  # of the proxy's stage
+    train(inference, start + 8)
+    assert inference.summary["stage"][start:] == ["proxy"] * 4 + ["distillation"] * 4
     proposals, of_proxy = (
         [drawn[name] for _, _, drawn in states]
         for name in ("proposals", "proxy samples")
     )
     # Of a flow that stands still, once.
-    assert proposals[:4] == [None] * 4
-    assert len({id(drawn) for drawn in proposals[4:8]}) == 1
-    assert proposals[4] is not None
+    assert proposals[:start] == [None] * start
+    last = start + 4
+    assert len({id(drawn) for drawn in proposals[start:last]}) == 1
+    assert proposals[start] is not None
     # They serve as proposals of the proxy's samples, too, and are given up then.
-    assert proposals[8:] == [None] * 4
-    assert of_proxy[:8] == [None] * 8
-    pool = {tuple(theta) for theta in proposals[4].theta.flatten(0, 1).tolist()}
+    assert proposals[last:] == [None] * 4
+    assert of_proxy[:last] == [None] * last
+    pool = {tuple(theta) for theta in proposals[start].theta.flatten(0, 1).tolist()}
     assert all(
-        tuple(theta) in pool for theta in of_proxy[8].theta.flatten(0, 1).tolist()
+        tuple(theta) in pool for theta in of_proxy[last].theta.flatten(0, 1).tolist()
     )
     # Of a proxy that stands still, again as the flow that proposes them moves on.
-    assert of_proxy[8] is of_proxy[9]
-    assert of_proxy[10] is of_proxy[11]
-    assert not torch.equal(of_proxy[9].theta, of_proxy[10].theta)
-    assert of_proxy[9].theta.shape == of_proxy[10].theta.shape == (16, 135, 2)
+    first, second, third, fourth = of_proxy[last:]
+    assert first is second
+    assert third is fourth
+    assert not torch.equal(second.theta, third.theta)
+    assert second.theta.shape == third.theta.shape == (16, 135, 2)
     # Those that epochs are compared on stay.
-    assert samples[:8] == [None] * 8
-    assert len({id(each) for each in samples[8:]}) == 1
-    assert samples[8].theta.shape == (16, 15, 2)
+    assert samples[:last] == [None] * last
+    assert len({id(each) for each in samples[last:]}) == 1
+    assert samples[last].theta.shape == (16, 15, 2)
 
 
 def test_weights_change_in_the_last_stage_only():
     inference = make()
-    train(inference, 12)
+    train(inference, 16)
     summary = inference.summary
     names = ("dual_forward_kl", "dual_reverse_kl", "dual_proxy_forward_kl")
     for name in names:
-        assert summary[name][:8] == [1.0] * 8
+        assert summary[name][:12] == [1.0] * 12
     # A constraint that is met leaves its variable where it is.
-    for epoch in range(8, 12):
+    for epoch in range(12, 16):
         assert any(summary[name][epoch] != 1.0 for name in names)
 
 
@@ -200,23 +386,25 @@ def test_trust_is_measured_with_the_best_proxy():
 
     # Steps so wide that a proxy is not better than that of the epoch before, always.
     inference = make(weights=Recording())
-    train(inference, 30, learning_rate=5e-2, stop_after_epochs=100)
+    train(inference, 40, learning_rate=5e-2, stop_after_epochs=100)
     summary, weights = inference.summary, inference.weights
-    assert summary["stage"] == ["flow"] * 10 + ["proxy"] * 10 + ["distillation"] * 10
-    assert summary["trust"][:10] == [0.0] * 10
-    losses = summary["validation_proxy_forward_kl"][10:20]
+    assert summary["stage"] == stages_of(40)
+    assert summary["trust"][:20] == [0.0] * 20
+    losses = summary["validation_proxy_forward_kl"][20:30]
     best = [loss == min(losses[: i + 1]) for i, loss in enumerate(losses)]
     assert 2 <= sum(best) < 10
-    assert len(weights.measured) == sum(best)
+    # And that of all factors, which is better still.
+    assert summary["validation_proxy_forward_kl"][30] < min(losses)
+    assert len(weights.measured) == sum(best) + 1
     # Of the best proxy, until there is a better one.
     measured = iter(weights.measured)
     expected = [0.0]
     for is_best in best:
         expected.append(next(measured) if is_best else expected[-1])
-    assert summary["trust"][10:20] == expected[1:]
+    assert summary["trust"][20:30] == expected[1:]
     assert len(set(weights.measured)) == len(weights.measured)
     # The flow catches up: trust moves on by averages.
-    assert summary["trust"][20:] == weights.updated
+    assert summary["trust"][30:] == weights.updated
     assert len(weights.updated) == 10
 
 
@@ -239,19 +427,20 @@ def test_the_flow_is_chosen_by_both_its_losses_when_it_follows(shared):
         return result
 
     inference._flow_validation = recording_validation
-    estimator = train(inference, 30, learning_rate=3e-2, stop_after_epochs=100)
+    first = 20 if shared else 30  # of the last stage
+    estimator = train(inference, first + 10, learning_rate=3e-2, stop_after_epochs=100)
     losses = inference.summary["validation_loss"]
-    assert inference.summary["stage"][20:] == ["distillation"] * 10
+    assert inference.summary["stage"] == stages_of(first + 10, shared)
     assert len(distances) == 10  # fifteen simulations for validation: one batch
     scores = [
         loss + 3 * distance
-        for loss, distance in zip(losses[20:], distances, strict=True)
+        for loss, distance in zip(losses[first:], distances, strict=True)
     ]
-    best = 20 + scores.index(min(scores))
+    best = first + scores.index(min(scores))
     assert equal(state_of(estimator.flow), states[best][1][0])
     assert inference._best["flow"][0] == pytest.approx(min(scores), rel=1e-6)
     # The one by forward divergence alone would be another.
-    assert best != 20 + losses[20:].index(min(losses[20:]))
+    assert best != best_of(losses, range(first, first + 10))
     # What is told of it is its validation loss.
     assert inference.summary["best_validation_loss"] == [losses[best]]
     assert inference._best_val_loss == losses[best]
@@ -264,8 +453,11 @@ def test_the_flow_is_chosen_by_both_its_losses_when_it_follows(shared):
 
 def test_flow_and_proxy_of_the_last_stage_come_nearer():
     distances = {}
+    # Of the network alone: with all factors, the proxy has edges at the prior's, which
+    # so small a flow cannot have.
+    energy = energy_nn(8, 1, likelihood="none")
     for weights in ((1, 1e-9, 1), (1, 1, 1)):
-        inference = make(weights=FixedWeights(weights))
+        inference = make(weights=FixedWeights(weights), energy_estimator=energy)
         train(inference, 60, learning_rate=5e-3, stop_after_epochs=100)
         reverse = values_of(inference.summary, "validation_reverse_kl")[-10:]
         distances[weights[1]] = sum(reverse) / 10
@@ -292,25 +484,34 @@ def test_without_weight_on_the_proxy_training_ends_with_the_flow():
     assert inference.summary["stage"] == ["flow"] * 12
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("num_epochs", [2, 6, 8, 10])
+@pytest.mark.parametrize(
+    ("shared", "num_epochs"),
+    [(True, num) for num in (2, 6, 8, 10)] + [(False, num) for num in range(2, 16, 2)],
+)
 def test_a_training_that_ends_early_has_the_best_of_its_stage(shared, num_epochs):
     inference = make(shared)
     states = record(inference)
     interrupt_before(inference, num_epochs)
-    estimator = train(inference, 12)
-    assert len(inference.summary["stage"]) == num_epochs
-    losses = inference.summary["validation_loss"][:4]
-    best = losses.index(min(losses))
-    if num_epochs == 10:
-        epoch = inference._best["flow"][1]
-        assert epoch in (8, 9)
-        best = epoch
+    estimator = train(inference, 12 if shared else 16)
+    stages = inference.summary["stage"]
+    assert stages == stages_of(12 if shared else 16, shared)[:num_epochs]
+    best = best_of(inference.summary["validation_loss"], epochs_of("flow", stages))
+    if "distillation" in stages:
+        best = inference._best["flow"][1]
+        assert stages[best] == "distillation"
     assert equal(state_of(estimator.flow), states[best][1][0])
-    if num_epochs > 4:
-        losses = inference.summary["validation_proxy_forward_kl"][4:8]
-        best = 4 + losses.index(min(losses))
-        assert equal(state_of(estimator.proxy), states[best][1][1])
+    if "proxy" not in stages:
+        return
+    losses = inference.summary["validation_proxy_forward_kl"]
+    best = states[best_of(losses, epochs_of("proxy", stages))][1][1]
+    proxy = state_of(estimator.proxy)
+    if shared:
+        assert equal(proxy, best)
+    else:
+        assert equal(factors(proxy)[0], factors(best)[0])
+        assert equal(factors(proxy)[1], factors(best)[1])
+        # Early, too, the factors are weighed.
+        assert proxy["weights"][1:].any()
 
 
 def test_a_proxy_keeps_the_embedding_that_it_has_learnt_with():
@@ -348,29 +549,35 @@ def test_a_proxy_keeps_the_embedding_that_it_has_learnt_with():
 @pytest.mark.parametrize("scratch", [False, True])
 def test_a_later_round_has_the_same_stages(scratch):
     inference = make()
-    train(inference, 6)
+    train(inference, 8)
     proposal = inference.build_posterior().set_default_x(torch.zeros(1, 2))
     theta = proposal.sample((60,), show_progress_bars=False)
     inference.append_simulations(theta, theta + torch.randn(60, 2), proposal=proposal)
     states = record(inference)
     before = state_of(inference._neural_net.proxy)
-    train(inference, 6, retrain_from_scratch=scratch)
-    assert (
-        inference.summary["stage"]
-        == (["flow"] * 2 + ["proxy"] * 2 + ["distillation"] * 2) * 2
-    )
+    estimator = train(inference, 8, retrain_from_scratch=scratch)
+    assert inference.summary["stage"] == stages_of(8) * 2
     # Unless from scratch, the proxy waits as the last round has left it.
     assert equal(states[2][0][1], before) == (not scratch)
     assert_epochs_are_finite(inference.summary)
+    # Its network then learns by itself again, and its factors are weighed anew.
+    alone = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert torch.equal(states[4][0][1]["weights"], alone)
+    weights = estimator.proxy.weights
+    assert (weights >= 0).all()
+    assert weights[1:].any()
+    assert not torch.equal(weights, before["weights"])
+    posterior = inference.build_posterior(sample_with="refined")
+    assert posterior.sample((20,), x=torch.zeros(1, 2)).isfinite().all()
 
 
-@pytest.mark.parametrize("num_epochs", [2, 6, 12])
+@pytest.mark.parametrize("num_epochs", [2, 6, 10, 16])
 def test_plots_and_progress_of_every_stage(num_epochs, capsys, recwarn):
     inference = make()
     inference._show_progress_bars = True
-    if num_epochs < 12:
+    if num_epochs < 16:
         interrupt_before(inference, num_epochs)
-    train(inference, 12)
+    train(inference, 16)
     assert ("nan" in capsys.readouterr().out) is False
     figure, axes = plot_training(inference.summary)
     figure.canvas.draw()
@@ -378,4 +585,7 @@ def test_plots_and_progress_of_every_stage(num_epochs, capsys, recwarn):
     said = [str(warning.message) for warning in recwarn]
     expected = ("interrupted", "Maximum number of epochs")
     assert not [text for text in said if not any(part in text for part in expected)]
-    assert len(values_of(inference.summary, "log_partition")) == max(num_epochs - 4, 0)
+    assert len(values_of(inference.summary, "log_partition")) == max(num_epochs - 8, 0)
+    assert len(values_of(inference.summary, "validation_likelihood_loss")) == min(
+        max(num_epochs - 4, 0), 4
+    )

@@ -36,6 +36,7 @@ from sbi_jeffreys import (
     RefinedPosterior,
     energy_nn,
 )
+from sbi_jeffreys.stages import Stage
 
 # What sbi and this library say where nothing is wrong.
 pytestmark = pytest.mark.filterwarnings(
@@ -49,7 +50,13 @@ METRICS = {
     f"{part}_{name}"
     for part in ("training", "validation", "dual")
     for name in ("forward_kl", "reverse_kl", "proxy_forward_kl")
-} | {"trust", "log_partition", "effective_sample_size"}
+} | {
+    "trust",
+    "log_partition",
+    "effective_sample_size",
+    "training_likelihood_loss",
+    "validation_likelihood_loss",
+}
 PER_EPOCH = METRICS | {"training_loss", "validation_loss", "epoch_durations_sec"}
 
 
@@ -244,7 +251,7 @@ def test_units_of_theta_change_no_dual_variable():
         train(
             inference,
             data=(theta * scale + shift, x),
-            max_num_epochs=10,
+            max_num_epochs=11,
             learning_rate=2e-3,
             training_batch_size=50,
         )
@@ -289,12 +296,14 @@ class Recorder(NoTracker):
 def test_summary_and_tracker_carry_every_epoch():
     tracker = Recorder()
     inference = make(tracker=tracker)
-    train(inference, max_num_epochs=6)
+    train(inference, max_num_epochs=8)
     summary = inference.summary
-    assert summary["epochs_trained"] == [7]  # sbi's budget is one short
-    assert summary["stage"] == ["flow"] * 2 + ["proxy"] * 2 + ["distillation"] * 3
+    assert summary["epochs_trained"] == [9]  # sbi's budget is one short
+    assert summary["stage"] == (
+        ["flow"] * 2 + ["likelihood"] * 2 + ["proxy"] * 2 + ["distillation"] * 3
+    )
     for name in PER_EPOCH:
-        assert len(summary[name]) == 7, name
+        assert len(summary[name]) == 9, name
         assert all(isinstance(value, float) for value in summary[name]), name
         values = values_of(summary, name)
         assert len(values) >= 2, name
@@ -302,13 +311,13 @@ def test_summary_and_tracker_carry_every_epoch():
         if name in METRICS:  # sbi logs its own, whatever they are
             assert tracker.metrics[name] == steps_and_values(summary, name), name
         else:
-            assert len(tracker.metrics[name]) == 7, name
-    assert tracker.metrics["epochs_trained"] == [(1, 7)]
+            assert len(tracker.metrics[name]) == 9, name
+    assert tracker.metrics["epochs_trained"] == [(1, 9)]
     assert tracker.flushed
     assert all(ess >= 1 for ess in values_of(summary, "effective_sample_size"))
     assert all(0 <= trust <= 1 for trust in summary["trust"])
     # Of the flow that is kept, chosen from the epochs in which it followed the proxy.
-    assert summary["best_validation_loss"] == [min(summary["validation_loss"][4:])]
+    assert summary["best_validation_loss"] == [min(summary["validation_loss"][6:])]
     assert (
         tracker.metrics["best_validation_loss"][0][1]
         == (summary["best_validation_loss"][0])
@@ -325,17 +334,19 @@ def test_the_best_networks_are_returned():
     estimator = train(
         inference,
         num=100,
-        max_num_epochs=120,
+        max_num_epochs=160,
         learning_rate=3e-2,
         stop_after_epochs=1000,
     )
     stages, losses = (inference.summary[name] for name in ("stage", "validation_loss"))
-    assert stages == ["flow"] * 40 + ["proxy"] * 40 + ["distillation"] * 41
+    assert stages == (
+        ["flow"] * 40 + ["likelihood"] * 40 + ["proxy"] * 40 + ["distillation"] * 41
+    )
     assert min(losses[:40]) < losses[39] - 0.02
-    assert losses[40:80] == pytest.approx([min(losses[:40])] * 40, abs=1e-5)
+    assert losses[40:120] == pytest.approx([min(losses[:40])] * 80, abs=1e-5)
     epoch = inference._best["flow"][1]
     best = losses[epoch]
-    assert 80 <= epoch < 120
+    assert 120 <= epoch < 160
     assert best < losses[-1] - 0.02
     assert inference.summary["best_validation_loss"] == [best]
     theta, x = simulate(100)
@@ -348,8 +359,15 @@ def test_the_best_networks_are_returned():
         proxy_loss = log_z.debiased - estimator.proxy.log_unnormalized(
             theta[index][None], x[index]
         )
+    # Of the likelihoods, every one at its best.
+    likelihood_losses = inference.summary["validation_likelihood_loss"][40:80]
+    with torch.no_grad():
+        likelihoods = estimator.proxy.likelihoods(theta[index][None], x[index])
+    loss = -likelihoods.mean().item()
+    assert loss < min(likelihood_losses) + 1e-5
+    assert loss < likelihood_losses[-1] - 0.05
     # Of the proxy the same, up to the error of log Z in training.
-    proxy_losses = inference.summary["validation_proxy_forward_kl"][40:80]
+    proxy_losses = inference.summary["validation_proxy_forward_kl"][80:120]
     assert proxy_loss.mean().item() < min(proxy_losses) + 0.3
     assert max(proxy_losses) > min(proxy_losses) + 0.5
     assert min(proxy_losses) < proxy_losses[-1]
@@ -357,7 +375,7 @@ def test_the_best_networks_are_returned():
     assert all(parameter.grad is None for parameter in estimator.parameters())
 
 
-def test_training_stops_when_neither_model_improves():
+def test_training_stops_when_no_model_improves():
     inference = make()
     train(
         inference,
@@ -369,10 +387,10 @@ def test_training_stops_when_neither_model_improves():
     summary = inference.summary
     assert summary["epochs_trained"][0] < 200
     stages = summary["stage"]
-    order = ["flow", "proxy", "distillation"]
+    order = ["flow", "likelihood", "proxy", "distillation"]
     ends = {stage: len(stages) - stages[::-1].index(stage) for stage in set(stages)}
     assert stages == sorted(stages, key=order.index)
-    starts = dict(zip(order, (0, ends["flow"], ends["proxy"]), strict=True))
+    starts = dict(zip(order, (0, *(ends[stage] for stage in order[:3])), strict=True))
 
     def best(name, stage):
         values = summary[name]
@@ -381,6 +399,10 @@ def test_training_stops_when_neither_model_improves():
     # Three epochs without an improvement end a stage, and no fewer.
     assert best("validation_loss", "flow") == ends["flow"] - 4
     assert best("validation_proxy_forward_kl", "proxy") == ends["proxy"] - 4
+    last = max(
+        kept[1] for name, kept in inference._best.items() if "likelihood" in name
+    )
+    assert last == ends["likelihood"] - 4
     # In the last, improvement of what the flow is then chosen by.
     kept = inference._best["flow"]
     assert kept[1] == ends["distillation"] - 4
@@ -427,23 +449,23 @@ def test_resumed_training_goes_on():
 
     tracker = Recorder()
     inference = make(tracker=tracker, weights=Counting())
-    train(inference, max_num_epochs=3)
+    train(inference, max_num_epochs=4)
     split = inference.train_indices.clone()
     before = inference._best["flow"]
     assert inference.summary["best_validation_loss"] == [before[3]]
-    estimator = inference.train(resume_training=True, max_num_epochs=7)
+    estimator = inference.train(resume_training=True, max_num_epochs=8)
     summary, flow = inference.summary, inference._best["flow"]
     assert torch.equal(inference.train_indices, split)
-    assert summary["epochs_trained"] == [4, 8]  # as sbi counts
+    assert summary["epochs_trained"] == [5, 9]  # as sbi counts
     # The stages stay those of the first training.
-    assert summary["stage"] == ["flow", "proxy"] + ["distillation"] * 6
+    assert summary["stage"] == ["flow", "likelihood", "proxy"] + ["distillation"] * 6
     for name in PER_EPOCH:
-        assert len(summary[name]) == 8, name
+        assert len(summary[name]) == 9, name
         steps = [step for step, _ in tracker.metrics[name]]
         if name in METRICS:
             assert steps == [step for step, _ in steps_and_values(summary, name)], name
         else:
-            assert steps == list(range(8)), name
+            assert steps == list(range(9)), name
     assert flow[0] <= before[0]  # by what it is chosen by
     assert summary["best_validation_loss"][1] == flow[3]
     assert flow[3] == summary["validation_loss"][flow[1]]
@@ -482,8 +504,8 @@ def test_every_divergence_trains_what_it_should():
     flow, proxy = initial("flow"), initial("proxy")
     for weights, moves, num_epochs in (
         ((1, 0, 0), {"flow"}, 15),
-        ((0, 0, 1), {"proxy"}, 15),
-        ((0, 1, 1), {"flow", "proxy"}, 29),
+        ((0, 0, 1), {"proxy"}, 19),
+        ((0, 1, 1), {"flow", "proxy"}, 39),
     ):
         inference = make(weights=FixedWeights(weights))
         estimator = train(
@@ -507,9 +529,9 @@ def test_every_divergence_trains_what_it_should():
             # Of the flow to the proxy at rest. The proxy leaves the flow at rest, which
             # within the prior is as flat as itself, for the simulations.
             fall = summary["validation_reverse_kl"]
-            assert summary["stage"][10:] == ["proxy"] * 10 + ["distillation"] * 10
-            assert fall[10] < 0.05 < fall[19]
-            assert fall[29] < 0.6 * fall[20]
+            assert summary["stage"][20:] == ["proxy"] * 10 + ["distillation"] * 10
+            assert fall[20] < 0.05 < fall[29]
+            assert fall[39] < 0.6 * fall[30]
 
 
 def train_closed_forms(flow_shift=0.0, energy_shift=0.0, weights="adaptive", **kwargs):
@@ -655,25 +677,30 @@ def test_the_flow_that_follows_has_the_gradient_of_both_divergences():
 
 def test_calibration_kernel_weighs_all_divergences():
     # Both see the same samples, and the same networks, which stand still.
-    trained_once = ("training_reverse_kl", "training_proxy_forward_kl")
+    once_only = (
+        "training_reverse_kl",
+        "training_proxy_forward_kl",
+        "training_likelihood_loss",
+        "validation_likelihood_loss",
+    )
     summaries = []
     for weight in (1.0, 2.5):
         inference = make()
         train(
             inference,
             training_batch_size=1000,
-            max_num_epochs=2,
+            max_num_epochs=3,
             learning_rate=1e-12,
             calibration_kernel=lambda x, weight=weight: torch.full((len(x),), weight),
         )
         summaries.append(inference.summary)
     for part in ("training", "validation"):
-        for name in ("forward_kl", "reverse_kl", "proxy_forward_kl"):
+        for name in ("forward_kl", "reverse_kl", "proxy_forward_kl", "likelihood_loss"):
             once, weighted = (
                 torch.tensor(values_of(summary, f"{part}_{name}"))
                 for summary in summaries
             )
-            assert len(once) >= (1 if f"{part}_{name}" in trained_once else 2)
+            assert len(once) >= (1 if f"{part}_{name}" in once_only else 2)
             torch.testing.assert_close(
                 weighted, 2.5 * once, rtol=1e-4, atol=1e-4, msg=f"{part}_{name}"
             )
@@ -715,16 +742,16 @@ def test_weights_of_the_users_are_copied():
     assert isinstance(inference.weights.h, QuadraticRelaxation)
 
 
-@pytest.mark.parametrize("num_epochs", [3, 8, 14, 17])
+@pytest.mark.parametrize("num_epochs", [3, 8, 13, 18, 21])
 def test_ctrl_c_keeps_the_best_network(num_epochs):
     tracker = Recorder()
     inference = make(tracker=tracker)
     interrupt_before(inference, num_epochs)
     said = f"interrupted after {num_epochs} epochs"
     with pytest.warns(UserWarning, match=said) as caught:
-        estimator = train(inference, max_num_epochs=20)
+        estimator = train(inference, max_num_epochs=23)
     # In each of the stages once, and where the last begins.
-    stages = ["flow"] * 7 + ["proxy"] * 7 + ["distillation"] * 7
+    stages = [stage.value for stage in Stage for _ in range(6)]
     assert inference.summary["stage"] == stages[:num_epochs]
     assert any("resume_training=True" in str(w.message) for w in caught)
     summary = inference.summary
@@ -737,10 +764,10 @@ def test_ctrl_c_keeps_the_best_network(num_epochs):
     with torch.no_grad():
         loss = estimator.loss(theta[index], x[index]).mean().item()
     # The best of the last stage in which the flow has learnt.
-    epochs = range(min(7, num_epochs)) if num_epochs <= 14 else range(14, num_epochs)
+    epochs = range(min(6, num_epochs)) if num_epochs <= 18 else range(18, num_epochs)
     kept = inference._best["flow"][1]
     assert kept in epochs
-    if num_epochs <= 14:
+    if num_epochs <= 18:
         losses = summary["validation_loss"]
         assert kept == min(epochs, key=lambda epoch: losses[epoch])
     assert loss == pytest.approx(summary["validation_loss"][kept], abs=1e-5)
@@ -749,9 +776,9 @@ def test_ctrl_c_keeps_the_best_network(num_epochs):
     posterior = inference.build_posterior().set_default_x(torch.zeros(1, 2))
     assert posterior.sample((5,), show_progress_bars=False).shape == (5, 2)
     # And training goes on from there.
-    inference.train(resume_training=True, max_num_epochs=20)
+    inference.train(resume_training=True, max_num_epochs=23)
     assert summary["stage"] == stages
-    assert {len(summary[name]) for name in PER_EPOCH} == {21}
+    assert {len(summary[name]) for name in PER_EPOCH} == {24}
 
 
 def test_ctrl_c_before_the_first_epoch_is_passed_on():
@@ -789,9 +816,7 @@ def test_two_rounds_with_a_proposal(sample_with, options, capsys):
     for name in PER_EPOCH:
         assert len(summary[name]) == 27, name
         assert all(map(math.isfinite, values_of(summary, name))), name
-    assert summary["stage"][11:] == (
-        ["flow"] * 5 + ["proxy"] * 5 + ["distillation"] * 6
-    )
+    assert summary["stage"][11:] == [stage.value for stage in Stage for _ in range(4)]
     for method in ("direct", "refined"):
         posterior = inference.build_posterior(estimator, sample_with=method)
         samples = posterior.sample((500,), x=x_o, show_progress_bars=False)
