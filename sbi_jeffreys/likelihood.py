@@ -146,7 +146,8 @@ class Outputs(nn.Module):
     """
 
     spacing: Tensor
-    origin: Tensor
+    lowest: Tensor
+    highest: Tensor
     discrete: Tensor
     values: Tensor
 
@@ -160,8 +161,11 @@ class Outputs(nn.Module):
         for column in continuous.nonzero().flatten().tolist():
             spacing[column] = _lattice_spacing(x[:, column].float())
         self.register_buffer("spacing", spacing)
-        origin = x.float().nan_to_num(torch.inf, torch.inf, torch.inf).amin(0)
-        self.register_buffer("origin", origin.nan_to_num(posinf=0.0))
+        known = x.float().nan_to_num(torch.nan, torch.nan, torch.nan)
+        lowest = known.nan_to_num(torch.inf).amin(0).nan_to_num(posinf=0.0)
+        highest = known.nan_to_num(-torch.inf).amax(0).nan_to_num(neginf=0.0)
+        self.register_buffer("lowest", lowest)
+        self.register_buffer("highest", highest)
         counts = num_values(x)[~continuous].tolist()
         values = torch.full((len(counts), max(counts, default=1) or 1), torch.inf)
         for row, column in enumerate(self.discrete.tolist()):
@@ -202,8 +206,9 @@ class Outputs(nn.Module):
         x[:, self.features.continuous] = self.features.from_normal_scores(scores)
         x[:, self.discrete] = self.values.gather(1, categories.T).T
         step = torch.where(self.spacing > 0, self.spacing, 1.0)
-        on_lattice = self.origin + step * ((x - self.origin) / step).round()
-        return torch.where(self.spacing > 0, on_lattice, x)
+        on_lattice = self.lowest + step * ((x - self.lowest) / step).round()
+        x = torch.where(self.spacing > 0, on_lattice, x)
+        return x.clamp(self.lowest, self.highest)
 
 
 class IndependentLikelihood(nn.Module):

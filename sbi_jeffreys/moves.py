@@ -12,20 +12,23 @@ Differential Evolution", Statistics and Computing 2006.
 """
 
 import math
-from typing import Callable
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor
 
 
 def metropolis_moves(
-    log_density: Callable[[Tensor], Tensor], theta: Tensor, num_moves: int
+    log_density: Callable[[Tensor], Tensor],
+    theta: Tensor,
+    num_moves: int,
+    pool: Optional[Tensor] = None,
 ) -> Tensor:
     r"""Return samples after a number of Metropolis steps.
 
     .. math:: \theta' = \theta + \gamma \, (\theta_a - \theta_b)
 
-    with $a$ and $b$ drawn among the samples that were given, so that a step and its
+    with $a$ and $b$ drawn among samples that do not change, so that a step and its
     reverse are equally probable. The scale $\gamma$ is $2.38 / \sqrt{2 d}$ in turn
     with a quarter of it, and one, which leads from mode to mode, in every fifth step.
 
@@ -34,17 +37,21 @@ def metropolis_moves(
             shape of `theta`, as `(num_samples, batch_dim)`.
         theta: Samples of shape `(num_samples, batch_dim, num_parameters)`.
         num_moves: Number of steps of every sample.
+        pool: Samples whose differences are the steps, of shape
+            `(num_pool, batch_dim, num_parameters)`; `theta` if not given. Where few of
+            those are different, as after resampling, their differences leave out
+            directions.
 
     Returns:
         Samples of the shape of `theta`.
     """
-    pool = theta
+    pool = theta if pool is None else pool
     num_samples, batch_dim, dim = theta.shape
     scale = 2.38 / math.sqrt(2 * dim)
     current = log_density(theta)
     for move in range(num_moves):
         gamma = 1.0 if move % 5 == 4 else scale * (1.0, 0.25)[move % 2]
-        first, second = (_draw(pool) for _ in range(2))
+        first, second = (_draw(pool, num_samples) for _ in range(2))
         proposed = theta + gamma * (first - second)
         proposed_log_density = log_density(proposed)
         uniform = torch.rand(num_samples, batch_dim).to(current)
@@ -54,7 +61,7 @@ def metropolis_moves(
     return theta
 
 
-def _draw(pool: Tensor) -> Tensor:
-    """Return as many samples, drawn with replacement at every condition."""
-    index = torch.randint(len(pool), pool.shape[:2]).to(pool.device)
-    return pool.gather(0, index.unsqueeze(-1).expand_as(pool))
+def _draw(pool: Tensor, num_samples: int) -> Tensor:
+    """Return so many samples, drawn with replacement at every condition."""
+    index = torch.randint(len(pool), (num_samples, pool.shape[1])).to(pool.device)
+    return pool.gather(0, index.unsqueeze(-1).expand(*index.shape, pool.shape[-1]))

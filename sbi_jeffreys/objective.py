@@ -34,7 +34,7 @@ from sbi_jeffreys.moves import metropolis_moves
 from sbi_jeffreys.partition import LogPartition, from_log_weights, log_mixture
 
 # Metropolis moves of the proxy's samples.
-NUM_MOVES = 5
+NUM_MOVES = 10
 
 
 @dataclass
@@ -299,7 +299,10 @@ class JeffreysObjective:
         condition = torch.arange(len(x), device=index.device)
         theta = proposals.theta[index, condition]
         theta = metropolis_moves(
-            lambda points: proxy.log_unnormalized(points, x), theta, NUM_MOVES
+            lambda points: proxy.log_unnormalized(points, x),
+            theta,
+            NUM_MOVES,
+            pool=proposals.theta[: len(proposals.log_ratio)],
         )
         log_z = log_partition.debiased
         return ProxySamples(

@@ -211,6 +211,7 @@ class AdaptiveWeights(Weights):
         self.trust = 0.0
         #: $\beta$ of the refined posterior when the flow begins to learn from it.
         self.exponent = 1.0
+        self.forward_share = 1.0
 
     @property
     def flow_share(self) -> float:

@@ -37,7 +37,7 @@ def test_the_site_has_every_page(site):
         for path in (ROOT / folder).rglob("*"):
             inside = path.relative_to(ROOT / "docs") if folder == "docs" else None
             inside = inside or Path("tutorials") / path.relative_to(ROOT / folder)
-            if "build" in inside.parts or ".ipynb_checkpoints" in inside.parts:
+            if {"build", "jupyter_execute", ".ipynb_checkpoints"} & {*inside.parts}:
                 continue
             is_page = path.suffix == ".ipynb" or (
                 folder == "docs" and path.suffix == ".md"

@@ -22,6 +22,7 @@ from sbi_jeffreys import (
     JeffreysNPE,
     NoTracker,
     energy_nn,
+    objective,
     trainer,
 )
 from sbi_jeffreys.plots import plot_training
@@ -315,6 +316,7 @@ def test_a_pooled_proxy_that_is_worse_is_not_kept(monkeypatch):
 @pytest.mark.parametrize("likelihood", ["auto", "none"])
 def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch, likelihood):
     monkeypatch.setattr(trainer, "DISTILLATION_EPOCHS", 2)
+    monkeypatch.setattr(objective, "NUM_MOVES", 0)
     inference = make(
         weights="fixed", energy_estimator=energy_nn(8, 1, likelihood=likelihood)
     )
@@ -342,6 +344,7 @@ def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch, likelihood):
     # They serve as proposals of the proxy's samples, too, and are given up then.
     assert proposals[last:] == [None] * 4
     assert of_proxy[:last] == [None] * last
+    # (Where moves have not led them elsewhere.)
     pool = {tuple(theta) for theta in proposals[start].theta.flatten(0, 1).tolist()}
     assert all(
         tuple(theta) in pool for theta in of_proxy[last].theta.flatten(0, 1).tolist()
