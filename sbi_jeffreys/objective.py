@@ -34,7 +34,7 @@ from sbi_jeffreys.moves import metropolis_moves
 from sbi_jeffreys.partition import LogPartition, from_log_weights, log_mixture
 
 # Metropolis moves of the proxy's samples.
-NUM_MOVES = 10
+NUM_MOVES = 8
 
 
 @dataclass

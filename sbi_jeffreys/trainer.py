@@ -84,12 +84,12 @@ VALIDATION_MULTIPLE = 8
 POOL_MULTIPLE = 4
 MAX_POOL_SIZE = 4_000_000
 # Samples of the proxy that the flow learns from: so many are drawn for every simulation
-# among the proposals that the proxy has learnt with, and after every 20 epochs among
+# among the proposals that the proxy has learnt with, and after every 25 epochs among
 # twice a step's samples of the flow as it is then; so many are used in a step. Those at
 # validation simulations stay.
-DISTILLATION_EPOCHS = 20
+DISTILLATION_EPOCHS = 25
 DISTILLATION_MULTIPLE = 2
-NUM_PROXY_SAMPLES = 16
+NUM_PROXY_SAMPLES = 8
 NUM_PROXY_SAMPLES_PER_STEP = 2
 NUM_VALIDATION_PROXY_SAMPLES = 16
 # The flow also learns the proxy's samples at conditions that a surrogate of the

@@ -354,7 +354,7 @@ def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch, likelihood):
     assert first is second
     assert third is fourth
     assert not torch.equal(second.theta, third.theta)
-    assert second.theta.shape == third.theta.shape == (16, 135, 2)
+    assert second.theta.shape == third.theta.shape == (8, 135, 2)
     # Those that epochs are compared on stay.
     assert samples[:last] == [None] * last
     assert len({id(each) for each in samples[last:]}) == 1
