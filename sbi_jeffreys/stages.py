@@ -21,7 +21,7 @@ class Stage(Enum):
     - `DISTILLATION`: $(1 - \beta \tau) \, \lambda_1 \mathrm{KL}(\pi \Vert p) +
       \lambda_2 \beta \tau \, [\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)]$ over
       the flow, the last also at synthetic conditions that a surrogate of the likelihood
-      makes up. These are followed for 50 epochs at most.
+      makes up. These are followed for 30 epochs at most.
 
     Each ends when its model has not improved on validation simulations for
     `stop_after_epochs`, and the next begins with the best of it. A proxy that learns

@@ -84,10 +84,10 @@ VALIDATION_MULTIPLE = 8
 POOL_MULTIPLE = 4
 MAX_POOL_SIZE = 4_000_000
 # Samples of the proxy that the flow learns from: so many are drawn for every simulation
-# among the proposals that the proxy has learnt with, and after every 25 epochs among
+# among the proposals that the proxy has learnt with, and after every 15 epochs among
 # twice a step's samples of the flow as it is then; so many are used in a step. Those at
 # validation simulations stay.
-DISTILLATION_EPOCHS = 25
+DISTILLATION_EPOCHS = 15
 DISTILLATION_MULTIPLE = 2
 NUM_PROXY_SAMPLES = 8
 NUM_PROXY_SAMPLES_PER_STEP = 2
@@ -97,8 +97,10 @@ NUM_VALIDATION_PROXY_SAMPLES = 16
 # are enough.
 MAX_SYNTHETIC_MULTIPLE = 4
 NUM_CONDITIONS = 5_000
-# Epochs in which it does: it would go on to improve, ever more slowly.
-MAX_SYNTHETIC_EPOCHS = 50
+# Epochs in which it does, and those of the surrogates: either would go on to improve,
+# ever more slowly.
+MAX_SYNTHETIC_EPOCHS = 30
+MAX_LIKELIHOOD_EPOCHS = 200
 # The flow takes its step of the reverse divergence, with an inversion and two slopes
 # the dearest of all, in every second batch, twice as long.
 REVERSE_INTERVAL = 2
@@ -1435,6 +1437,8 @@ class JeffreysNPE(NPE):
         share = math.inf
         if has_proxy and not is_last:
             share = self._max_num_epochs / num_stages
+        if self._stage is Stage.LIKELIHOOD:
+            share = min(share, MAX_LIKELIHOOD_EPOCHS)
         if self._synthetic_x is not None:
             share = MAX_SYNTHETIC_EPOCHS
         is_over = epoch - self._stage_start >= share
