@@ -33,9 +33,6 @@ from sbi_jeffreys.flow import rsample_and_log_prob, score
 from sbi_jeffreys.moves import metropolis_moves
 from sbi_jeffreys.partition import LogPartition, from_log_weights, log_mixture
 
-# Metropolis moves of the proxy's samples.
-NUM_MOVES = 8
-
 
 @dataclass
 class Proposals:
@@ -275,6 +272,7 @@ class JeffreysObjective:
         x: Tensor,
         proposals: Proposals,
         num_samples: int,
+        num_moves: int = 0,
     ) -> ProxySamples:
         r"""Draw samples of the proxy: resampled by their weights, then moved.
 
@@ -286,9 +284,10 @@ class JeffreysObjective:
             x: Conditions of shape `(batch_dim, *condition_shape)`.
             proposals: What `propose` drew at these conditions.
             num_samples: Number of samples at every condition.
+            num_moves: Number of moves of each.
 
         Returns:
-            The samples.
+            The samples, without moves some of them the same.
         """
         log_weights = proxy(proposals.theta, x) + proposals.log_weights
         log_partition = self._log_partition(log_weights)
@@ -301,7 +300,7 @@ class JeffreysObjective:
         theta = metropolis_moves(
             lambda points: proxy.log_unnormalized(points, x),
             theta,
-            NUM_MOVES,
+            num_moves,
             pool=proposals.theta[: len(proposals.log_ratio)],
         )
         log_z = log_partition.debiased

@@ -18,10 +18,10 @@ class Stage(Enum):
     - `PROXY`: $\lambda_2 \mathrm{KL}(p \Vert q) + \lambda_3 \mathrm{KL}(\pi \Vert q)$
       over the proxy's own network, with one set of the flow's samples for all epochs.
       At its end the proxy's factors are weighed, see `sbi_jeffreys.pooled_energy`.
-    - `DISTILLATION`: $(1 - \beta \tau) \, \lambda_1 \mathrm{KL}(\pi \Vert p) +
-      \lambda_2 \beta \tau \, [\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)]$ over
-      the flow, the last also at synthetic conditions that a surrogate of the likelihood
-      makes up. These are followed for 30 epochs at most.
+    - `DISTILLATION`: $\lambda_1 \mathrm{KL}(\pi \Vert p) + \lambda_2 \beta \tau \,
+      [\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)]$ over the flow. Where the proxy
+      has surrogates of the likelihood, the first term has the weight $1 - \beta \tau$,
+      and the last one is lowered also at synthetic conditions that one makes up.
 
     Each ends when its model has not improved on validation simulations for
     `stop_after_epochs`, and the next begins with the best of it. A proxy that learns

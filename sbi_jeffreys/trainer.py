@@ -84,16 +84,21 @@ VALIDATION_MULTIPLE = 8
 POOL_MULTIPLE = 4
 MAX_POOL_SIZE = 4_000_000
 # Samples of the proxy that the flow learns from: so many are drawn for every simulation
-# among the proposals that the proxy has learnt with, and after every 15 epochs among
+# among the proposals that the proxy has learnt with, and after so many epochs among
 # twice a step's samples of the flow as it is then; so many are used in a step. Those at
 # validation simulations stay.
-DISTILLATION_EPOCHS = 15
+DISTILLATION_EPOCHS = 50
 DISTILLATION_MULTIPLE = 2
-NUM_PROXY_SAMPLES = 8
+NUM_PROXY_SAMPLES = 16
 NUM_PROXY_SAMPLES_PER_STEP = 2
+# A proxy with surrogates of the likelihood is sharper than the flow that proposes its
+# samples. These are moved, and drawn again sooner; at more conditions, fewer will do.
+POOLED_DISTILLATION_EPOCHS = 15
+NUM_POOLED_PROXY_SAMPLES = 8
+NUM_MOVES = 8
 NUM_VALIDATION_PROXY_SAMPLES = 16
-# The flow also learns the proxy's samples at conditions that a surrogate of the
-# likelihood makes up, so many for every simulation, until it has as many in all as
+# The flow also learns its samples at conditions that a surrogate of the likelihood
+# makes up, so many for every simulation, until it has as many in all as
 # are enough.
 MAX_SYNTHETIC_MULTIPLE = 4
 NUM_CONDITIONS = 5_000
@@ -811,7 +816,9 @@ class JeffreysNPE(NPE):
         loss_args: Optional[LossArgs],
     ) -> float:
         epoch_of_stage = self.epoch - self._stage_start
-        if epoch_of_stage > 0 and epoch_of_stage % DISTILLATION_EPOCHS == 0:
+        is_pooled = self._likelihoods is not None
+        interval = POOLED_DISTILLATION_EPOCHS if is_pooled else DISTILLATION_EPOCHS
+        if epoch_of_stage > 0 and epoch_of_stage % interval == 0:
             for name in ("training", "synthetic"):
                 self._proxy_samples.pop(name, None)
         for model in self._standing_still:
@@ -939,7 +946,9 @@ class JeffreysNPE(NPE):
         if divergences.likelihood_loss is not None:
             return divergences.likelihood_loss
         dual_variables = self._weights.dual_variables.tolist()
-        if self._stage is Stage.DISTILLATION:
+        if self._stage is Stage.DISTILLATION and self._likelihoods is not None:
+            # The network has learnt from the simulations what the flow has; the
+            # surrogates of the likelihood have learnt more.
             dual_variables[0] *= self._weights.forward_share
         terms = [
             weight * divergence
@@ -1111,12 +1120,15 @@ class JeffreysNPE(NPE):
         proxy.eval()
         name = "validation" if validate else "training"
         multiple = VALIDATION_MULTIPLE if validate else DISTILLATION_MULTIPLE
-        num = NUM_VALIDATION_PROXY_SAMPLES if validate else NUM_PROXY_SAMPLES
+        num, num_moves = NUM_PROXY_SAMPLES, 0
+        if self._likelihoods is not None:
+            num, num_moves = NUM_POOLED_PROXY_SAMPLES, NUM_MOVES
+        num = NUM_VALIDATION_PROXY_SAMPLES if validate else num
         # Used once: the flow that drew them has moved on when the next are needed.
         drawn = proposals.pop(name, None) or self._draw_proposals(x, multiple)
         samples = ProxySamples.concatenate([
             self.objective.sample_proxy(
-                proxy, x[index].to(self._device), drawn.at(index), num
+                proxy, x[index].to(self._device), drawn.at(index), num, num_moves
             )
             for index in torch.arange(len(x)).split(PROPOSAL_BATCH_SIZE)
         ])

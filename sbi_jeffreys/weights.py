@@ -169,8 +169,9 @@ class AdaptiveWeights(Weights):
     the exponent $\beta$ of the refined posterior, chosen on the same simulations, is
     not misled by them. Of the reverse divergence the flow is asked to lower the share
     $\beta \tau$, the proxy all: being held near the flow is what keeps it from
-    overfitting. Of $D_1$, to which the flow overfits, it is then asked to lower the
-    rest, $1 - \beta \tau$ as they were when it began to learn from the proxy.
+    overfitting. Where the proxy has surrogates of the likelihood, the flow is asked to
+    lower $D_1$, to which it overfits, by the rest: $1 - \beta \tau$ as they were when
+    it began to learn from the proxy.
 
     Args:
         relaxation: Cost $h$ of relaxing a constraint.

@@ -198,7 +198,7 @@ def make(prior: Any = PRIOR, **kwargs: Any) -> JeffreysNPE:
             "density_estimator": posterior_nn(
                 "maf", hidden_features=8, num_transforms=2
             ),
-            "energy_estimator": energy_nn(8, 1),
+            "energy_estimator": energy_nn(8, 1, likelihood="auto"),
             "tracker": NoTracker(),
             "show_progress_bars": False,
             **kwargs,

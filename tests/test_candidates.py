@@ -163,7 +163,7 @@ def test_samples_come_with_their_own_densities_and_gradients(flows, index):
 def test_an_estimator_of_candidates_goes_through_copies_and_files(flows):
     theta, x = simulate(5)
     flows.active = 2
-    proxy = energy_nn(8, 1)(*simulate(150), PRIOR)
+    proxy = energy_nn(8, 1, likelihood="auto")(*simulate(150), PRIOR)
     estimator = JeffreysEstimator(flows, proxy).eval()
     expected = flows.net[2].loss(theta, x)
     assert torch.equal(estimator.loss(theta, x), expected)
@@ -176,7 +176,7 @@ def test_an_estimator_of_candidates_goes_through_copies_and_files(flows):
     torch.save(estimator.state_dict(), file)
     file.seek(0)
     fresh = JeffreysEstimator(
-        THREE(*simulate(150)), energy_nn(8, 1)(*simulate(150), PRIOR)
+        THREE(*simulate(150)), energy_nn(8, 1, likelihood="auto")(*simulate(150), PRIOR)
     )
     assert fresh.flow.active == 0
     fresh.eval().load_state_dict(torch.load(file, weights_only=True))

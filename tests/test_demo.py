@@ -10,7 +10,7 @@ import pytest
 import torch
 from sbi.inference import NPE
 
-from sbi_jeffreys import JeffreysNPE, NoTracker
+from sbi_jeffreys import JeffreysNPE, NoTracker, energy_nn
 from sbi_jeffreys.plots import plot_training
 from tasks import demo
 from tasks.reference import ReferenceDataError
@@ -61,7 +61,11 @@ def test_plot_training_draws_the_summary():
     task = TwoMoons()
     theta = task.prior.sample((150,))
     inference = JeffreysNPE(
-        task.prior, "maf", tracker=NoTracker(), show_progress_bars=False
+        task.prior,
+        "maf",
+        tracker=NoTracker(),
+        show_progress_bars=False,
+        energy_estimator=energy_nn(likelihood="auto"),
     )
     with pytest.warns(UserWarning, match="Maximum number of epochs"):
         inference.append_simulations(theta, task.simulator(theta)).train(

@@ -57,7 +57,7 @@ def train(device, kind="box", data_device=None, **kwargs):
         device=device,
         tracker=NoTracker(),
         show_progress_bars=False,
-        energy_estimator=energy_nn(10, 1),
+        energy_estimator=energy_nn(10, 1, likelihood="auto"),
     )
     source = make_prior("box" if kind is None else kind, "cpu")
     theta = source.sample((300,))

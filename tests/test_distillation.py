@@ -31,7 +31,6 @@ from sbi_jeffreys import (
     FixedWeights,
     JeffreysObjective,
     energy_nn,
-    objective,
     trainer,
 )
 from sbi_jeffreys.base_measure import make_base_measure
@@ -333,7 +332,7 @@ def share_of_unique(theta):
 
 
 @pytest.mark.parametrize("with_prior", [False, True])
-def test_moved_samples_are_those_of_the_proxy(monkeypatch, with_prior):
+def test_moved_samples_are_those_of_the_proxy(with_prior):
     """Where few proposals hit, plain resampling repeats them, and is off."""
     prior = MultivariateNormal(torch.zeros(2), torch.eye(2)) if with_prior else None
     net = narrow_net()
@@ -344,10 +343,9 @@ def test_moved_samples_are_those_of_the_proxy(monkeypatch, with_prior):
     sampler = JeffreysObjective(64, 64)
 
     def draw(num_moves):
-        monkeypatch.setattr(objective, "NUM_MOVES", num_moves)
         torch.manual_seed(0)
         proposals = sampler.propose(flow, proxy, x)
-        samples = sampler.sample_proxy(proxy, x, proposals, 64)
+        samples = sampler.sample_proxy(proxy, x, proposals, 64, num_moves)
         whitened = torch.linalg.solve_triangular(
             q.scale_tril[0], (samples.theta - q.mean[0]).unsqueeze(-1), upper=False
         ).squeeze(-1)
@@ -390,7 +388,7 @@ def test_moves_respect_every_condition_and_the_support():
     flow = LinearGaussianFlow(-torch.ones(1, 1), torch.ones(1), 0.8 * torch.eye(1))
     sampler = JeffreysObjective(50, 50)
     proposals = sampler.propose(flow, proxy, x)
-    samples = sampler.sample_proxy(proxy, x, proposals, 50)
+    samples = sampler.sample_proxy(proxy, x, proposals, 50, 8)
     assert (samples.theta.abs() <= 2).all()
     assert samples.log_prob.isfinite().all()
     for index, center in enumerate(centers[:, 0].tolist()):
@@ -591,7 +589,7 @@ def rows_of(tensor):
 
 
 def test_every_epoch_follows_at_every_synthetic_condition_once(monkeypatch, drawn):
-    monkeypatch.setattr(trainer, "DISTILLATION_EPOCHS", 2)
+    monkeypatch.setattr(trainer, "POOLED_DISTILLATION_EPOCHS", 2)
     inference = small()
     epochs, calls = [], []
     forward_kl_to_proxy = inference.objective.forward_kl_to_proxy
@@ -681,7 +679,7 @@ def test_synthetic_conditions_end_the_stage(monkeypatch):
 def test_resumed_within_the_stage_as_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # unpickled trainers log where they are
     # They are drawn in epoch 9, anew in 11, and end the stage after that.
-    monkeypatch.setattr(trainer, "DISTILLATION_EPOCHS", 2)
+    monkeypatch.setattr(trainer, "POOLED_DISTILLATION_EPOCHS", 2)
     monkeypatch.setattr(trainer, "MAX_SYNTHETIC_EPOCHS", 3)
     data, whole, part = simulate(90), small(), small()
     train(whole, 13, data)

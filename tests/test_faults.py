@@ -279,7 +279,7 @@ def test_an_energy_that_is_nan_in_validation_is_told():
             f = super().forward(theta, x)
             return f if self.training else f * math.nan
 
-    build = energy_nn(8, 1)
+    build = energy_nn(8, 1, likelihood="auto")
 
     def build_poisoned(theta, x, prior):
         proxy = build(theta, x, prior)
@@ -339,7 +339,7 @@ class PoisonedEnergy(EnergyNet):
 
 def poisoned_energy(times):
     PoisonedEnergy.calls, PoisonedEnergy.times = 0, times
-    build = energy_nn(8, 1)
+    build = energy_nn(8, 1, likelihood="auto")
 
     def build_poisoned(theta, x, prior):
         proxy = build(theta, x, prior)
@@ -388,7 +388,7 @@ def poisoned_likelihood(index, times):
     """
 
     def build_poisoned(theta, x, prior):
-        proxy = energy_nn(8, 1)(theta, x, prior)
+        proxy = energy_nn(8, 1, likelihood="auto")(theta, x, prior)
         member = proxy.likelihoods.members[index]
         num_calls = [0]
 

@@ -181,6 +181,7 @@ def some_case(number):
             z_score_x=z_score,
             embedding_net=embedding,
             base_measure=rng.choice(["prior", "prior", "lebesgue"]),
+            likelihood="auto",
         ),
         "weights": rng.choice(["adaptive", "adaptive", "fixed"]),
     }

@@ -228,7 +228,7 @@ def shared_embedding():
         "density_estimator": posterior_nn(
             "maf", hidden_features=8, num_transforms=2, embedding_net=embedding
         ),
-        "energy_estimator": energy_nn(8, 1, embedding_net=embedding),
+        "energy_estimator": energy_nn(8, 1, likelihood="auto", embedding_net=embedding),
     }
 
 
@@ -288,8 +288,12 @@ CASES = {
     "fixed": lambda: {"weights": "fixed"},
     "embedding": shared_embedding,
     "no likelihood": lambda: {"energy_estimator": energy_nn(8, 1, likelihood="none")},
-    "dropout": lambda: {"energy_estimator": energy_nn(8, 1, dropout=0.3)},
-    "lebesgue": lambda: {"energy_estimator": energy_nn(8, 1, base_measure="lebesgue")},
+    "dropout": lambda: {
+        "energy_estimator": energy_nn(8, 1, dropout=0.3, likelihood="auto")
+    },
+    "lebesgue": lambda: {
+        "energy_estimator": energy_nn(8, 1, base_measure="lebesgue", likelihood="auto")
+    },
     "scipy": lambda: {"prior": SCIPY},
     "half-bounded": lambda: {"prior": HALF_BOUNDED},
     "restricted": lambda: {"prior": restricted_prior()},
@@ -452,7 +456,7 @@ x = theta + 0.5 * torch.randn_like(theta)
 inference = JeffreysNPE(
     prior,
     posterior_nn("maf", hidden_features=8, num_transforms=2),
-    energy_estimator=energy_nn(8, 1),
+    energy_estimator=energy_nn(8, 1, likelihood="auto"),
     tracker=NoTracker(),
     show_progress_bars=False,
 )
@@ -789,8 +793,14 @@ def test_files_hold_nothing_but_data(saved):
             "flow of the file does not fit.*same density_estimator",
         ),
         ({"density_estimator": "nsf"}, "flow of the file does not fit"),
-        ({"energy_estimator": energy_nn(9, 1)}, r"proxy .* \(8,\).* \(9,\)"),
-        ({"energy_estimator": energy_nn(8, 2)}, "absent in the file"),
+        (
+            {"energy_estimator": energy_nn(9, 1, likelihood="auto")},
+            r"proxy .* \(8,\).* \(9,\)",
+        ),
+        (
+            {"energy_estimator": energy_nn(8, 2, likelihood="auto")},
+            "absent in the file",
+        ),
         (
             {"energy_estimator": energy_nn(8, 1, likelihood="none")},
             "proxy of the file does not fit.*likelihoods.* absent here",
@@ -832,7 +842,7 @@ def test_other_simulations(saved):
 
 
 def test_a_failed_load_does_not_harm_a_trained_object(saved):
-    inference = make(energy_estimator=energy_nn(9, 1))
+    inference = make(energy_estimator=energy_nn(9, 1, likelihood="auto"))
     train(inference, 2, simulate())
     before = outcome(inference)
     assert_refused(saved[1], "does not fit", inference)

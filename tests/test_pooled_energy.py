@@ -341,6 +341,7 @@ def test_weights_are_a_tensor_like_the_factors(dtype):
 def build(seed=0, **kwargs):
     torch.manual_seed(seed)
     theta, x = simulate(300)
+    kwargs.setdefault("likelihood", "auto")
     return energy_nn(8, 1, **kwargs)(theta, x, PRIOR)
 
 
@@ -503,7 +504,7 @@ def test_posterior_of_exact_factors_is_the_closed_form(weights, power):
 def test_weighed_surrogates_of_a_linear_task_are_near_the_posterior():
     """Untrained, they know the likelihood that the network knows nothing of."""
     theta, x = simulate(1000)
-    proxy = energy_nn(8, 1)(theta, x, PRIOR).eval()
+    proxy = energy_nn(8, 1, likelihood="auto")(theta, x, PRIOR).eval()
     assert isinstance(proxy, PooledEnergy)
     theta, x = simulate(300)
     posterior = Independent(
@@ -573,10 +574,12 @@ def test_builder_does_not_pool_where_there_is_none():
     assert type(build(embedding_net=nn.Linear(2, 3))) is ConditionalEnergy
     theta = PRIOR.sample((100,))
     for shape in ((201,), (4, 4), (1, 8, 8)):
-        proxy = energy_nn(8, 1)(theta, torch.randn(100, *shape), PRIOR)
+        proxy = energy_nn(8, 1, likelihood="auto")(
+            theta, torch.randn(100, *shape), PRIOR
+        )
         assert type(proxy) is ConditionalEnergy
         assert proxy.condition_shape == shape
-    proxy = energy_nn(8, 1)(theta, torch.randn(100, 1), PRIOR)
+    proxy = energy_nn(8, 1, likelihood="auto")(theta, torch.randn(100, 1), PRIOR)
     assert type(proxy) is PooledEnergy and len(proxy.weights) == 3
 
 

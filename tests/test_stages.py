@@ -22,7 +22,6 @@ from sbi_jeffreys import (
     JeffreysNPE,
     NoTracker,
     energy_nn,
-    objective,
     trainer,
 )
 from sbi_jeffreys.plots import plot_training
@@ -42,7 +41,9 @@ PRIOR = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
 def make(shared=False, **kwargs):
     torch.manual_seed(0)
     embedding: Dict[str, Any] = {"embedding_net": StatefulEmbedding()} if shared else {}
-    kwargs.setdefault("energy_estimator", energy_nn(8, 1, **embedding))
+    kwargs.setdefault(
+        "energy_estimator", energy_nn(8, 1, likelihood="auto", **embedding)
+    )
     return JeffreysNPE(
         PRIOR,
         posterior_nn("maf", hidden_features=8, num_transforms=2, **embedding),
@@ -316,7 +317,8 @@ def test_a_pooled_proxy_that_is_worse_is_not_kept(monkeypatch):
 @pytest.mark.parametrize("likelihood", ["auto", "none"])
 def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch, likelihood):
     monkeypatch.setattr(trainer, "DISTILLATION_EPOCHS", 2)
-    monkeypatch.setattr(objective, "NUM_MOVES", 0)
+    monkeypatch.setattr(trainer, "POOLED_DISTILLATION_EPOCHS", 2)
+    monkeypatch.setattr(trainer, "NUM_MOVES", 0)
     inference = make(
         weights="fixed", energy_estimator=energy_nn(8, 1, likelihood=likelihood)
     )
@@ -349,12 +351,13 @@ def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch, likelihood):
     assert all(
         tuple(theta) in pool for theta in of_proxy[last].theta.flatten(0, 1).tolist()
     )
+    num = 8 if likelihood == "auto" else 16
     # Of a proxy that stands still, again as the flow that proposes them moves on.
     first, second, third, fourth = of_proxy[last:]
     assert first is second
     assert third is fourth
     assert not torch.equal(second.theta, third.theta)
-    assert second.theta.shape == third.theta.shape == (8, 135, 2)
+    assert second.theta.shape == third.theta.shape == (num, 135, 2)
     # Those that epochs are compared on stay.
     assert samples[:last] == [None] * last
     assert len({id(each) for each in samples[last:]}) == 1

@@ -78,7 +78,7 @@ def make(cls=JeffreysNPE, prior=PRIOR, **kwargs):
         **kwargs,
     }
     if cls is JeffreysNPE:
-        kwargs.setdefault("energy_estimator", energy_nn(10, 1))
+        kwargs.setdefault("energy_estimator", energy_nn(10, 1, likelihood="auto"))
     return cls(prior, **kwargs)
 
 
