@@ -145,12 +145,14 @@ def train(num_epochs, likelihood="auto", **kwargs):
     trained = []
     step = inference._step
 
-    def recording_step(clip_max_norm):
-        step(clip_max_norm)
+    def recording_step(*args):
+        taken = step(*args)
         estimator = inference._neural_net
         trained.append([weights_of(estimator.flow), weights_of(estimator.proxy)])
+        return taken
 
     inference._step = recording_step
+    inference._follow_at_synthetic_x = lambda *args: None  # the average comes before
     inference.train(
         max_num_epochs=num_epochs - 1,
         training_batch_size=45,
