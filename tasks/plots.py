@@ -23,6 +23,8 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 _STYLES = {
     "jeffreys": (VERMILLION, "o", "-"),
     "jeffreys_refined": (VERMILLION, "s", "--"),
+    "jeffreys_pooled": (BLACK, "o", "-"),
+    "jeffreys_pooled_refined": (BLACK, "s", "--"),
     "jeffreys_fixed": (VERMILLION, "^", ":"),
     "npe_nsf": (BLUE, "o", "-"),
     "npe_maf": (BLUE, "s", "--"),

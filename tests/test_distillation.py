@@ -515,7 +515,7 @@ def test_synthetic_conditions_of_a_training(drawn):
     assert torch.equal(x.unique(dim=0), call.x.unique(dim=0))
     assert not torch.equal(x, call.x)
     samples = inference._proxy_samples["synthetic"].theta
-    assert samples.shape == (16, 4 * 900, 2)
+    assert samples.shape == (8, 4 * 900, 2)
 
 
 def test_many_simulations_have_fewer_or_no_synthetic_conditions(monkeypatch, drawn):
