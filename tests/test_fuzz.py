@@ -181,7 +181,6 @@ def some_case(number):
             z_score_x=z_score,
             embedding_net=embedding,
             base_measure=rng.choice(["prior", "prior", "lebesgue"]),
-            likelihood="auto",
         ),
         "weights": rng.choice(["adaptive", "adaptive", "fixed"]),
     }
@@ -190,7 +189,7 @@ def some_case(number):
         "validation_fraction": rng.choice([0.1, 0.1, 0.3, 0.5, 0.9]),
         "learning_rate": rng.choice([5e-4, 5e-3, 5e-3, 0.1, 10.0, 1e6]),
         "clip_max_norm": rng.choice([5.0, 5.0, None]),
-        "max_num_epochs": 3,  # one epoch of every stage
+        "max_num_epochs": 2,  # one epoch of every stage
     }
     return prior, theta, x, options, training
 
