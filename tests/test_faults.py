@@ -273,24 +273,41 @@ def test_values_too_large_for_a_flow_without_z_score():
         train(inference, data=(theta, x * 1e30))
 
 
-def test_an_energy_that_is_nan_in_validation_is_told():
-    class Poisoned(EnergyNet):
-        def forward(self, theta, x):
-            f = super().forward(theta, x)
-            return f if self.training else f * math.nan
+class Poisoned(EnergyNet):
+    """A network that is NaN wherever it is asked but in training."""
 
-    build = energy_nn(8, 1, likelihood="auto")
+    def forward(self, theta, x):
+        f = super().forward(theta, x)
+        return f if self.training else f * math.nan
+
+
+def poisoned(likelihood):
+    build = energy_nn(8, 1, likelihood=likelihood)
 
     def build_poisoned(theta, x, prior):
         proxy = build(theta, x, prior)
         proxy.net.__class__ = Poisoned
         return proxy
 
-    inference = make(energy_estimator=build_poisoned)
+    return build_poisoned
+
+
+def test_an_energy_that_is_nan_in_validation_is_told():
+    inference = make(energy_estimator=poisoned("none"))
     with pytest.warns(UserWarning, match="In 3 epochs validation_reverse_kl, valid"):
         train(inference, 5, simulate())
     assert inference._neural_net.exponent == 0  # the flow alone
     assert inference.build_posterior().sample((5,), x=X_O).isfinite().all()
+
+
+def test_an_energy_that_is_nan_is_left_out_of_a_pool():
+    inference = make(energy_estimator=poisoned("auto"))
+    with pytest.warns(UserWarning, match="In 2 epochs validation_reverse_kl, valid"):
+        train(inference, 8, simulate())
+    weights = inference._neural_net.proxy.weights
+    assert weights[0] == 0 and weights[1:].any()
+    refined = inference.build_posterior(sample_with="refined")
+    assert refined.sample((5,), x=X_O).isfinite().all()
 
 
 def test_a_flow_that_cannot_be_inverted_in_the_end(monkeypatch):
