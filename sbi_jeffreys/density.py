@@ -451,7 +451,7 @@ class JeffreysDensityEstimator(DensityMixin, BaseEstimator):
         """
         base = self.base_measure
         if isinstance(base, Distribution):
-            return energy_nn(likelihood="none") if self.energy is None else self.energy
+            return energy_nn() if self.energy is None else self.energy
         if base not in ("gaussian", "lebesgue"):
             raise ValueError(
                 "base_measure must be 'gaussian', 'lebesgue' or a distribution of "
@@ -459,9 +459,7 @@ class JeffreysDensityEstimator(DensityMixin, BaseEstimator):
             )
         build = self.energy
         if build is None:
-            build = energy_nn(
-                base_measure="prior" if base == "gaussian" else base, likelihood="none"
-            )
+            build = energy_nn(base_measure="prior" if base == "gaussian" else base)
 
         def build_proxy(
             theta: Tensor, x: Tensor, prior: Optional[Distribution]

@@ -53,5 +53,4 @@ class Networks:
             self.energy_features,
             self.energy_blocks,
             dropout=self.dropout if dropout is None else dropout,
-            likelihood="none",
         )

@@ -80,8 +80,8 @@ VARIANTS: dict[str, Variant] = {
     "jeffreys, proxy without dropout": Variant(
         JeffreysNPE, lambda: {"energy_estimator": energy_nn(dropout=0.0)}
     ),
-    "jeffreys, proxy without likelihoods": Variant(
-        JeffreysNPE, lambda: {"energy_estimator": energy_nn(likelihood="none")}
+    "jeffreys, proxy with likelihoods": Variant(
+        JeffreysNPE, lambda: {"energy_estimator": energy_nn(likelihood="auto")}
     ),
     "jeffreys, the flow's stage alone": Variant(
         JeffreysNPE, lambda: {"weights": FixedWeights((1.0, 0.0, 0.0))}
