@@ -6,6 +6,8 @@ therefore has its normal score, $\Phi^{-1}$ of its empirical distribution functi
 monotone function of an output loses nothing, and neither depends on its units.
 """
 
+from typing import Tuple
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -91,9 +93,7 @@ class Features(nn.Module):
             Of the same shape, within the range of the values that were fitted to.
         """
         y = scores.T.contiguous()
-        right = torch.searchsorted(self.scores, y).clamp(1, NUM_KNOTS - 1)
-        x0, x1 = self.knots.gather(1, right - 1), self.knots.gather(1, right)
-        y0, y1 = self.scores.gather(1, right - 1), self.scores.gather(1, right)
+        y0, y1, x0, x1 = _segments(y, self.scores, self.knots)
         width = (y1 - y0).clamp_min(torch.finfo(y.dtype).tiny)
         share = ((y - y0) / width).clamp(0.0, 1.0)
         standard = (x0 + share * (x1 - x0)).T
@@ -101,11 +101,7 @@ class Features(nn.Module):
 
     def _normal(self, standard: Tensor) -> Tensor:
         values = standard[:, self.continuous].T.contiguous()
-        knots, scores = self.knots, self.scores
-        right = torch.searchsorted(knots, values).clamp(1, NUM_KNOTS - 1)
-        left = right - 1
-        x0, x1 = knots.gather(1, left), knots.gather(1, right)
-        y0, y1 = scores.gather(1, left), scores.gather(1, right)
+        x0, x1, y0, y1 = _segments(values, self.knots, self.scores)
         # Neighbouring knots coincide at the ends only, where outputs are tied.
         width = (x1 - x0).clamp_min(torch.finfo(values.dtype).tiny)
         normal = y0 + (values - x0) * ((y1 - y0) / width)
@@ -114,6 +110,20 @@ class Features(nn.Module):
 
     def _standard(self, flat: Tensor) -> Tensor:
         return (flat - self.mean) / self.scale
+
+
+def _segments(
+    values: Tensor, knots: Tensor, scores: Tensor
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the knots on either side of values, and the scores that go with them."""
+    right = torch.searchsorted(knots, values).clamp(1, NUM_KNOTS - 1)
+    left = right - 1
+    return (
+        knots.gather(1, left),
+        knots.gather(1, right),
+        scores.gather(1, left),
+        scores.gather(1, right),
+    )
 
 
 def num_values(x: Tensor) -> Tensor:

@@ -297,12 +297,13 @@ class JeffreysObjective:
         index = torch.multinomial(weights.T, num_samples, replacement=True).T
         condition = torch.arange(len(x), device=index.device)
         theta = proposals.theta[index, condition]
-        theta = metropolis_moves(
-            lambda points: proxy.log_unnormalized(points, x),
-            theta,
-            num_moves,
-            pool=proposals.theta[: len(proposals.log_ratio)],
-        )
+        if num_moves > 0:
+            theta = metropolis_moves(
+                lambda points: proxy.log_unnormalized(points, x),
+                theta,
+                num_moves,
+                pool=proposals.theta[: len(proposals.log_ratio)],
+            )
         log_z = log_partition.debiased
         return ProxySamples(
             theta,
