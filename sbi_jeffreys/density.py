@@ -79,6 +79,7 @@ class SharedPartitionObjective(JeffreysObjective):
         x: Tensor,
         proposals: Proposals,
         num_samples: int,
+        num_moves: int = 0,
     ) -> ProxySamples:
         r"""Draw samples of the proxy among the proposals at all conditions.
 
@@ -87,6 +88,7 @@ class SharedPartitionObjective(JeffreysObjective):
             x: Conditions of shape `(batch_dim, *condition_shape)`, all the same.
             proposals: What `propose` drew at these conditions.
             num_samples: Number of samples at every condition.
+            num_moves: Number of moves of each.
 
         Returns:
             The samples, with the same $\log Z$ for every condition.
@@ -97,7 +99,9 @@ class SharedPartitionObjective(JeffreysObjective):
             proposals.log_weights.reshape(-1, 1),
             proposals.log_ratio.reshape(-1, 1),
         )
-        drawn = super().sample_proxy(proxy, x[:1], pooled, num * num_samples)
+        drawn = super().sample_proxy(
+            proxy, x[:1], pooled, num * num_samples, num_moves
+        )
         return ProxySamples(
             drawn.theta.reshape(num_samples, num, *drawn.theta.shape[2:]),
             drawn.log_prob.reshape(num_samples, num),
