@@ -99,9 +99,7 @@ class SharedPartitionObjective(JeffreysObjective):
             proposals.log_weights.reshape(-1, 1),
             proposals.log_ratio.reshape(-1, 1),
         )
-        drawn = super().sample_proxy(
-            proxy, x[:1], pooled, num * num_samples, num_moves
-        )
+        drawn = super().sample_proxy(proxy, x[:1], pooled, num * num_samples, num_moves)
         return ProxySamples(
             drawn.theta.reshape(num_samples, num, *drawn.theta.shape[2:]),
             drawn.log_prob.reshape(num_samples, num),
