@@ -2,22 +2,22 @@
 
 `reports` is a link to the folder of the repository, and `tutorials` is copied from it
 when the site is built, since links between notebooks are not followed through a link:
-notebooks are shown with the outputs they were committed with, and the figures of the
-benchmark are those of the committed report.
+notebooks are shown with the outputs they were committed with. Tables of measurements
+are made from the committed rows by `tables.py`.
 """
 
-import csv
 import logging
-import math
 import re
 import shutil
-from collections import defaultdict
+import sys
 from pathlib import Path
 
 from sbi_jeffreys import __version__
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-REPORT = REPOSITORY / "tasks/reports/against_npe_1000"
+sys.path.insert(0, str(REPOSITORY / "docs"))
+from tables import substitutions  # noqa: E402
+
 shutil.copytree(
     REPOSITORY / "tutorials",
     REPOSITORY / "docs/tutorials",
@@ -74,88 +74,8 @@ html_theme_options = {
 }
 
 
-def _read(name: str) -> list[dict[str, str]]:
-    with open(REPORT / name, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _c2st() -> str:
-    """Return C2ST of every task and method, the best in bold."""
-    rows = [row for row in _read("c2st.csv") if row["source"] == "measured"]
-    methods = sorted({row["method"] for row in rows})
-    cells = {(row["task"], row["method"]): float(row["mean"]) for row in rows}
-    tasks = sorted({task for task, _ in cells})
-    lines = []
-    for task in tasks:
-        values = [cells.get((task, method), math.nan) for method in methods]
-        best = min(filter(math.isfinite, values))
-        lines.append([
-            f"`{task}`",
-            *(f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in values),
-        ])
-    means = [
-        sum(cells.get((task, method), math.nan) for task in tasks) / len(tasks)
-        for method in methods
-    ]
-    lines.append(["mean", *(f"{mean:.3f}" for mean in means)])
-    return _table(["task", *(f"`{method}`" for method in methods)], lines)
-
-
-def _losses() -> str:
-    """Return where NPE was better than the flow or than the refined posterior."""
-    c2st = {
-        (row["task"], row["method"]): float(row["mean"])
-        for row in _read("c2st.csv")
-        if row["source"] == "measured" and row["mean"]
-    }
-    ours = ("jeffreys", "jeffreys_refined")
-    rows = [
-        [f"`{task}`", f"`{us}`", f"`{peer}`", f"{value:.3f}", f"{theirs:.3f}"]
-        + [f"{value - theirs:+.3f}"]
-        for us in ours
-        for (task, peer), theirs in sorted(c2st.items())
-        if peer.startswith("npe") and (value := c2st[task, us]) > theirs
-    ]
-    rows.sort(key=lambda row: -float(row[-1]))
-    return _table(["task", "ours", "peer", "C2ST ours", "C2ST peer", "loss"], rows)
-
-
-def _seconds() -> str:
-    """Return the geometric mean over tasks of the ratio of training times."""
-    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in _read("results.csv"):
-        if row["training_seconds"]:
-            seconds[row["task"], row["method"]].append(float(row["training_seconds"]))
-    means = {key: sum(values) / len(values) for key, values in seconds.items()}
-    texts = []
-    for peer in ("npe_maf", "npe_nsf"):
-        logs = [
-            math.log(means[task, "jeffreys"] / value)
-            for (task, method), value in means.items()
-            if method == peer and (task, "jeffreys") in means
-        ]
-        texts.append(f"{math.exp(sum(logs) / len(logs)):.1f} times as long as `{peer}`")
-    return " and ".join(texts)
-
-
-def _seeds() -> str:
-    seeds = sorted({int(row["seed"]) for row in _read("results.csv")})
-    plural = "seeds" if len(seeds) > 1 else "seed"
-    return f"{len(seeds)} {plural} ({', '.join(map(str, seeds))})"
-
-
-# What the pages say of the benchmark is taken from the committed report.
-myst_substitutions = {
-    "c2st_table": _c2st(),
-    "loss_table": _losses(),
-    "training_ratio": _seconds(),
-    "seeds": _seeds(),
-}
+# What the pages say of measurements is taken from the committed rows.
+myst_substitutions = substitutions()
 
 
 def _prepare_docstring(app, what, name, obj, options, lines):

@@ -1,0 +1,289 @@
+"""Tables of measurements, made from the committed rows when the site is built."""
+
+import csv
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import geometric_mean, mean, stdev
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REPORTS = REPOSITORY / "tasks/reports"
+BENCHMARK = REPORTS / "against_npe_1000/results.csv"
+POOLED = REPORTS / "pooled_1000/results.csv"
+CALIBRATION = REPORTS / "calibration_1000"
+DENSITY = REPOSITORY / "docs/density/results.csv"
+
+PEERS = ("npe_maf", "npe_nsf")
+# A loss below this shows as one of 0.000.
+SHOWN = 0.0005
+
+Rows = list[dict[str, str]]
+# C2ST of (task, method, seed, observation).
+Scores = dict[tuple[str, ...], float]
+KEY = ("task", "method", "seed", "observation")
+
+
+def read(path: Path) -> Rows:
+    """Return the rows of a CSV file."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def seeds(rows: Rows) -> str:
+    """Return the number of seeds, and which they are."""
+    names = sorted({row["seed"] for row in rows}, key=int)
+    plural = "seeds" if len(names) > 1 else "seed"
+    return f"{len(names)} {plural} ({', '.join(names)})"
+
+
+def scores(rows: Rows) -> Scores:
+    """Return the C2ST of all rows that have one."""
+    return {
+        (row["task"], row["method"], row["seed"], row["observation"]): float(
+            row["c2st"]
+        )
+        for row in rows
+        if row["c2st"]
+    }
+
+
+def _differences(
+    scores: Scores, task: str, ours: str, peer: str, by: int
+) -> list[float]:
+    """Return paired differences of C2ST, one for each seed (2) or observation (3)."""
+    groups: dict[str, list[float]] = {}
+    for key, score in scores.items():
+        other = (task, peer, *key[2:])
+        if key[:2] == (task, ours) and other in scores:
+            groups.setdefault(key[by], []).append(score - scores[other])
+    return [mean(group) for group in groups.values()]
+
+
+def _mean(scores: Scores, task: str, method: str) -> float:
+    found = [value for key, value in scores.items() if key[:2] == (task, method)]
+    return mean(found) if found else math.nan
+
+
+def _tasks(scores: Scores) -> list[str]:
+    return sorted({key[0] for key in scores})
+
+
+def _plus_minus(values: list[float], errors_of_mean: bool = False) -> str:
+    """Return the mean ± the standard deviation, or ± the standard error."""
+    text = f"{mean(values):+.3f}"
+    if len(values) == 1:
+        return text
+    spread = stdev(values) / (math.sqrt(len(values)) if errors_of_mean else 1)
+    return f"{text} ± {spread:.3f}"
+
+
+def c2st() -> str:
+    """Return C2ST of every task and method, the best in bold."""
+    values = scores(read(BENCHMARK))
+    methods = sorted({key[1] for key in values})
+    means = [[_mean(values, t, method) for method in methods] for t in _tasks(values)]
+    lines = []
+    for task, cells in zip(_tasks(values), means, strict=True):
+        best = min(filter(math.isfinite, cells))
+        lines.append([
+            f"`{task}`",
+            *(f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in cells),
+        ])
+    lines.append([
+        "mean",
+        *(f"{mean(column):.3f}" for column in zip(*means, strict=True)),
+    ])
+    return table(["task", *(f"`{method}`" for method in methods)], lines)
+
+
+def losses() -> str:
+    """Return where, with any seed, NPE was better, or the flow than the refined one."""
+    values = scores(read(BENCHMARK))
+    pairs = [(us, peer) for us in ("jeffreys", "jeffreys_refined") for peer in PEERS]
+    lines = []
+    for us, peer in [*pairs, ("jeffreys_refined", "jeffreys")]:
+        for task in _tasks(values):
+            differences = _differences(values, task, us, peer, by=2)
+            num = sum(difference > 0 for difference in differences)
+            if num:
+                lines.append([
+                    f"`{task}`",
+                    f"`{us}`",
+                    f"`{peer}`",
+                    f"{_mean(values, task, us):.3f}",
+                    f"{_mean(values, task, peer):.3f}",
+                    _plus_minus(differences),
+                    f"{num} of {len(differences)}",
+                ])
+    header = ["task", "ours", "the other", "C2ST ours", "C2ST of the other"]
+    return table([*header, "difference", "seeds with a loss"], lines)
+
+
+def surrogate_losses() -> str:
+    """Return where the option of surrogates made C2ST worse."""
+    values = scores(read(POOLED))
+    pooled_seeds = {key[2] for key in values}
+    values.update({
+        key: score
+        for key, score in scores(read(BENCHMARK)).items()
+        if key[2] in pooled_seeds
+    })
+    lines = []
+    for pooled, plain, name in (
+        ("jeffreys_pooled_refined", "jeffreys_refined", "refined"),
+        ("jeffreys_pooled", "jeffreys", "flow"),
+    ):
+        for task in _tasks(values):
+            differences = _differences(values, task, pooled, plain, by=3)
+            if mean(differences) >= SHOWN:
+                lines.append([
+                    f"`{task}`",
+                    name,
+                    f"{_mean(values, task, pooled):.3f}",
+                    f"{_mean(values, task, plain):.3f}",
+                    _plus_minus(differences),
+                ])
+    header = ["task", "posterior", "C2ST with surrogates", "C2ST without"]
+    return table([*header, "difference"], lines)
+
+
+def calibration_losses() -> str:
+    """Return where NPE was better calibrated beyond two standard errors."""
+    columns = {"sbc": "sbc_area", "atc": "atc"}
+    rows = read(CALIBRATION / "rows.csv")
+
+    def value(row: dict[str, str], method: str) -> str:
+        metric = row["metric"]
+        value = mean(
+            float(other[columns[metric]])
+            for other in rows
+            if (other["task"], other["method"], other["budget"])
+            == (row["task"], method, row["budget"])
+        )
+        return f"{value:+.3f}" if metric == "atc" else f"{value:.3f}"
+
+    lines = [
+        [
+            f"`{row['task']}`",
+            f"`{row['method']}`",
+            f"`{row['peer']}`",
+            {"sbc": "SBC", "atc": "TARP (ATC)"}[row["metric"]],
+            value(row, row["method"]),
+            value(row, row["peer"]),
+            f"{float(row['difference']):+.3f} ± {2 * float(row['standard_error']):.3f}",
+        ]
+        for row in read(CALIBRATION / "comparison.csv")
+        if row["verdict"] == "worse"
+    ]
+    header = ["task", "ours", "NPE", "error", "ours", "NPE's", "worse by"]
+    return table(header, lines)
+
+
+def density_losses() -> str:
+    """Return where another density estimator was better in the mean of the seeds."""
+    quantities = (
+        ("nll_best", "nll_best", "flow, NLL at the chosen epoch"),
+        ("nll_last", "nll_last", "flow, NLL at the last epoch"),
+        ("nll_refined", "nll_best", "refined, NLL at the chosen epoch"),
+        ("frechet", "frechet", "flow, Fréchet distance of images"),
+    )
+    peers = {
+        "nf": "NF, maximum likelihood",
+        "ebm": "EBM, importance sampling",
+        "ebm_langevin": "EBM, Langevin",
+        "wgan": "WGAN-GP",
+        "dual": "the paper's algorithm",
+    }
+    rows = {
+        (row["study"], row["dataset"], row["setting"], row["method"], row["seed"]): row
+        for row in read(DENSITY)
+    }
+    lines = []
+    for of_us, of_peer, name in quantities:
+        for peer, label in peers.items():
+            pairs: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+            for (*cell, method, seed), row in rows.items():
+                other = rows.get((*cell, peer, seed), {})
+                if method == "jeffreys" and row[of_us] and other.get(of_peer):
+                    pair = float(row[of_us]), float(other[of_peer])
+                    pairs.setdefault(tuple(cell), []).append(pair)
+            for (study, dataset, setting), values in pairs.items():
+                differences = [ours - theirs for ours, theirs in values]
+                if mean(differences) > 0:
+                    lines.append([
+                        f"{study}: {dataset} {setting}".strip(),
+                        name,
+                        label,
+                        f"{mean(ours for ours, _ in values):.3f}",
+                        f"{mean(theirs for _, theirs in values):.3f}",
+                        _plus_minus(differences, errors_of_mean=True),
+                        str(len(values)),
+                    ])
+    header = ["data", "what", "the other", "ours", "the other's", "worse by", "seeds"]
+    return table(header, lines)
+
+
+def _ratios(peer: str) -> dict[tuple[str, str], float]:
+    """Return the training time of `jeffreys` over a peer's, of every (task, seed)."""
+    seconds = {
+        (row["task"], row["seed"], row["method"]): float(row["training_seconds"])
+        for row in read(BENCHMARK)
+        if row["training_seconds"]
+    }
+    return {
+        (task, seed): seconds[task, seed, "jeffreys"] / value
+        for (task, seed, method), value in seconds.items()
+        if method == peer and (task, seed, "jeffreys") in seconds
+    }
+
+
+def training_ratio() -> str:
+    """Return the geometric mean over tasks and seeds of the ratio of training times."""
+    return " and ".join(
+        f"{geometric_mean(_ratios(peer).values()):.1f} times as long as `{peer}`"
+        for peer in PEERS
+    )
+
+
+def training_table() -> str:
+    """Return the ratio of training times with its spread over seeds and trainings."""
+    names = sorted({row["seed"] for row in read(BENCHMARK)}, key=int)
+
+    def spread(values: Iterable[float]) -> str:
+        ordered = sorted(values)
+        return f"{ordered[0]:.1f} to {ordered[-1]:.1f}"
+
+    lines = []
+    for peer in PEERS:
+        ratios = _ratios(peer)
+        of_seeds = [[r for (_, seed), r in ratios.items() if seed == s] for s in names]
+        lines.append([
+            f"`{peer}`",
+            f"**{geometric_mean(ratios.values()):.1f}**",
+            *(f"{geometric_mean(part):.1f}" for part in of_seeds),
+            spread(ratios.values()),
+        ])
+    header = ["over", "all", *(f"seed {name}" for name in names), "single trainings"]
+    return table(header, lines)
+
+
+def substitutions() -> dict[str, str]:
+    """Return what the pages have between double braces."""
+    return {
+        "c2st_table": c2st(),
+        "loss_table": losses(),
+        "surrogate_loss_table": surrogate_losses(),
+        "calibration_loss_table": calibration_losses(),
+        "density_loss_table": density_losses(),
+        "training_ratio": training_ratio(),
+        "training_table": training_table(),
+        "seeds": seeds(read(BENCHMARK)),
+        "pooled_seeds": seeds(read(POOLED)),
+        "calibration_seeds": seeds(read(CALIBRATION / "rows.csv")),
+    }
