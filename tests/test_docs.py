@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from sphinx.util.inventory import InventoryFile
 
 import sbi_jeffreys
 
 ROOT = Path(__file__).resolve().parents[1]
+REPORTS = ROOT / "tasks/reports"
+CELL = r"<t[hd](?: [^>]*)?>(.*?)</t[hd]>"
 
 pytestmark = pytest.mark.slow
 
@@ -64,23 +68,188 @@ def test_formulas_of_docstrings_are_formulas(site):
     assert r"\lambda_1 D_1" in (site / "method.html").read_text()
 
 
-def test_the_figures_are_those_of_the_report(site):
-    path = ROOT / "tasks/reports/against_npe_1000/c2st.csv"
-    with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["source"] == "measured"]
-    benchmark = (site / "benchmarks.html").read_text()
-    c2st = {(row["task"], row["method"]): float(row["mean"]) for row in rows}
-    for value in c2st.values():
-        assert f"{value:.3f}" in benchmark
-    # A loss is shown wherever there is one.
-    losses = (site / "when_not_to_use.html").read_text()
-    num = sum(
-        value > c2st[task, peer]
-        for (task, method), value in c2st.items()
-        for peer in ("npe_maf", "npe_nsf")
-        if method.startswith("jeffreys")
-    )
-    assert losses.count("<tr") == num + 1
+def rows_of(page):
+    """Return the rows of all tables of a page of the site, as texts of their cells."""
+    return [
+        [re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(CELL, row, re.S)]
+        for row in re.findall(r"<tr.*?>(.*?)</tr>", page.read_text(), re.S)
+    ]
+
+
+@pytest.fixture(scope="module")
+def c2st():
+    """C2ST of the benchmark by task, seed and observation, a column for each method."""
+    rows = pd.read_csv(REPORTS / "against_npe_1000/results.csv")
+    return rows.pivot_table("c2st", ["task", "seed", "observation"], "method")
+
+
+@pytest.fixture(scope="module")
+def with_surrogates(c2st):
+    """C2ST with surrogates beside the default's, of the seeds that both have."""
+    rows = pd.read_csv(REPORTS / "pooled_1000/results.csv")
+    pooled = rows.pivot_table("c2st", ["task", "seed", "observation"], "method")
+    return pooled.join(c2st, how="left")
+
+
+@pytest.fixture(scope="module")
+def training_ratios():
+    """Training times over that of `jeffreys`, by task and seed, of every method."""
+    seconds = pd.concat(
+        pd
+        .read_csv(REPORTS / name / "results.csv")
+        .groupby(["task", "seed", "method"])["training_seconds"]
+        .first()
+        for name in ("against_npe_1000", "pooled_1000")
+    ).unstack("method")
+    return seconds.div(seconds["jeffreys"], axis=0)
+
+
+def geometric_mean(values):
+    return np.exp(np.log(values.dropna()).mean())
+
+
+def test_the_figures_are_those_of_the_report(site, c2st):
+    shown = rows_of(site / "benchmarks.html")
+    header, by_task = shown[0], c2st.groupby("task").mean()
+    assert set(header[1:]) == set(by_task.columns)
+    for task, means in by_task.iterrows():
+        expected = [task, *(f"{means[method]:.3f}" for method in header[1:])]
+        assert expected in shown
+
+
+def test_every_loss_of_the_benchmark_is_shown(site, c2st):
+    shown = rows_of(site / "when_not_to_use.html")
+    by_seed = c2st.groupby(["task", "seed"]).mean()
+    pairs = [(us, npe) for us in c2st if "jeff" in us for npe in c2st if "npe" in npe]
+    for us, peer in [*pairs, ("jeffreys_refined", "jeffreys")]:
+        for task, loss in (by_seed[us] - by_seed[peer]).groupby("task"):
+            num = f"{(loss > 0).sum()} of {len(loss)}"
+            row = [
+                task,
+                us,
+                peer,
+                *(f"{by_seed.loc[task][m].mean():.3f}" for m in (us, peer)),
+            ]
+            row += [f"{loss.mean():+.3f} ± {loss.std():.3f}", num]
+            assert (row in shown) == (loss > 0).any(), row
+
+
+def test_every_loss_of_calibration_is_shown(site):
+    shown = rows_of(site / "when_not_to_use.html")
+    rows = pd.read_csv(REPORTS / "calibration_1000/comparison.csv")
+    num = 0
+    for row in rows.itertuples():
+        worse_by = f"{row.difference:+.3f} ± {2 * row.standard_error:.3f}"
+        is_shown = any(
+            cells[:3] == [row.task, row.method, row.peer] and cells[-1] == worse_by
+            for cells in shown
+        )
+        worse = row.difference > 2 * row.standard_error
+        assert is_shown == worse, row
+        num += worse
+    assert num > 0
+
+
+def test_every_loss_of_the_surrogates_is_shown(site, with_surrogates):
+    shown = rows_of(site / "when_not_to_use.html")
+    num = 0
+    for name, us in (("refined", "jeffreys_refined"), ("flow", "jeffreys")):
+        pooled = us.replace("jeffreys", "jeffreys_pooled")
+        for task, part in with_surrogates.groupby("task"):
+            loss = (part[pooled] - part[us]).groupby("observation").mean()
+            cells = [task, name, f"{part[pooled].mean():.3f}", f"{part[us].mean():.3f}"]
+            cells.append(f"{loss.mean():+.3f} ± {loss.std():.3f}")
+            assert (cells in shown) == (loss.mean() >= 0.0005), cells
+            num += cells in shown
+    assert num > 0
+
+
+def test_every_loss_in_density_estimation_is_shown(site):
+    shown = [row[-2] for row in rows_of(site / "when_not_to_use.html") if len(row) == 7]
+    rows = pd.read_csv(ROOT / "docs/density/results.csv").fillna({"setting": ""})
+    rows = rows.set_index(["study", "dataset", "setting", "seed"])
+    ours = rows[rows["method"] == "jeffreys"]
+    num = 0
+    for peer in ("nf", "ebm", "ebm_langevin", "wgan", "dual"):
+        theirs = rows[rows["method"] == peer]
+        for quantity, other in (
+            ("nll_best", "nll_best"),
+            ("nll_last", "nll_last"),
+            ("nll_refined", "nll_best"),
+            ("frechet", "frechet"),
+        ):
+            loss = (ours[quantity] - theirs[other]).dropna()
+            for _, part in loss.groupby(["study", "dataset", "setting"]):
+                if part.mean() > 0:
+                    assert f"{part.mean():+.3f} ± {part.sem():.3f}" in shown
+                    num += 1
+    assert num > 0
+
+
+def test_training_times_are_paired_by_seed(site, training_ratios):
+    pages = [site / "speed.html", site / "index.html", site / "when_not_to_use.html"]
+    for page in pages:
+        text = re.sub(r"<.*?>", "", page.read_text())
+        for peer in ("npe_maf", "npe_nsf"):
+            ratio = geometric_mean(1 / training_ratios[peer])
+            assert f"{ratio:.1f} times as long as {peer}" in text, page
+    shown = rows_of(pages[-1])
+    for peer in ("npe_maf", "npe_nsf"):
+        ratios = 1 / training_ratios[peer]
+        row = [peer, f"{geometric_mean(ratios):.1f}"]
+        row += [f"{geometric_mean(r):.1f}" for _, r in ratios.groupby("seed")]
+        assert [*row, f"{ratios.min():.1f} to {ratios.max():.1f}"] in shown
+
+
+def test_the_table_of_the_surrogates_is_that_of_the_rows(with_surrogates):
+    columns = ["jeffreys_pooled_refined", "jeffreys_refined"]
+    columns += ["jeffreys_pooled", "jeffreys"]
+    expected = with_surrogates[columns].groupby("task").mean()
+    expected.loc["mean"] = expected.mean()
+    text = (ROOT / "docs/how_to/networks.md").read_text()
+    found = re.findall(r"^\| (\w+) \|((?: \**\d\.\d{3}\** \|){4})$", text, re.M)
+    assert {task for task, _ in found} == set(expected.index)
+    for task, line in found:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        values = [f"{value:.3f}" for value in expected.loc[task]]
+        for pair in (slice(0, 2), slice(2, 4)):
+            best = min(values[pair])
+            is_tie = len(set(values[pair])) == 1
+            assert cells[pair] == [
+                f"**{v}**" if v == best and not is_tie else v for v in values[pair]
+            ], task
+
+
+def test_the_readme_says_what_the_rows_say(c2st, with_surrogates, training_ratios):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for flow in ("maf", "nsf"):
+        ratios = 1 / training_ratios[f"npe_{flow}"]
+        assert (
+            f"{geometric_mean(ratios):.1f} times as long as with NPE ({flow})" in readme
+        )
+        by_seed = [f"{geometric_mean(r):.1f}" for _, r in ratios.groupby("seed")]
+        assert f"{', '.join(by_seed[:-1])} and {by_seed[-1]} ({flow})" in readme
+    ratios = training_ratios["jeffreys_pooled"].dropna()
+    assert f"{ratios.min():.1f} to {ratios.max():.1f} times" in readme
+    assert f"geometric mean {geometric_mean(ratios):.1f}" in readme
+
+    means = with_surrogates.groupby("task").mean()
+    refined = means[["jeffreys_refined", "jeffreys_pooled_refined"]]
+    gains = refined["jeffreys_refined"] - refined["jeffreys_pooled_refined"]
+    for task in gains[gains.abs() > 0.02].index:
+        before, after = refined.loc[task]
+        assert f"{task} ({before:.3f} to {after:.3f})" in readme
+    before, after = refined.mean()
+    assert f"from {before:.3f} to {after:.3f}" in readme
+
+    by_seed = c2st.groupby(["seed", "task"]).mean().groupby("seed").mean()
+    for method, name in (("jeffreys_refined", "refined"), ("npe_nsf", "NPE (nsf)")):
+        values = [f"{value:.3f}" for value in by_seed[method]]
+        assert f"{name} {', '.join(values[:-1])} and {values[-1]}" in readme
+    # Where the refined posterior does not lose.
+    by_task = c2st.groupby(["task", "seed"]).mean()
+    for peer in ("npe_maf", "npe_nsf"):
+        assert (by_task["jeffreys_refined"] < by_task[peer]).all()
 
 
 def test_the_readme_has_figures_of_the_report():
