@@ -47,11 +47,19 @@ class WeightAverage:
         self._averages = [p.detach().clone() for p in self._parameters]
 
     def update(self) -> None:
-        """Take in the weights after an optimiser step."""
+        """Take in the weights after an optimiser step.
+
+        Weights without a gradient have not moved, and are their own average.
+        """
         self._count += 1
         decay = 1 - 1 / min(self._num_steps, max(1, self._count / 4))
+        moved = [i for i, p in enumerate(self._parameters) if p.grad is not None]
         with torch.no_grad():
-            get_ema_multi_avg_fn(decay)(self._averages, self._parameters, None)
+            get_ema_multi_avg_fn(decay)(
+                [self._averages[index] for index in moved],
+                [self._parameters[index] for index in moved],
+                None,
+            )
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -27,7 +27,8 @@ def same(first, second):
 def move(module):
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter))
+            parameter.grad = torch.randn_like(parameter)
+            parameter.add_(parameter.grad)
 
 
 def test_value_is_that_of_the_closed_form():
