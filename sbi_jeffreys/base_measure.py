@@ -303,7 +303,9 @@ def _constraint_bounds(
         ]
         if any(part is None for part in parts):
             return None
-        low, high = zip(*(part for part in parts if part is not None), strict=True)
+        # Bounds that are mere numbers, as that of a Gamma, are on the CPU.
+        bounds = ((low.cpu(), high.cpu()) for low, high in filter(None, parts))
+        low, high = zip(*bounds, strict=True)
         return torch.cat(low), torch.cat(high)
     low = getattr(constraint, "lower_bound", None)
     high = getattr(constraint, "upper_bound", None)

@@ -84,10 +84,12 @@ def test_training(device, data_device, kind):
     assert inference.summary["stage"] == [stage.value for stage in Stage]
     assert isinstance(inference._neural_net.proxy, PooledEnergy)
     assert_epochs_are_finite(inference.summary)
-    x_o = torch.full((1, 2), 0.5)
     for sample_with in ("direct", "refined"):
         posterior = inference.build_posterior(sample_with=sample_with)
-        # Observations may lie on the CPU, as simulators leave them.
+        # Ours takes observations that lie on the CPU, as simulators leave them; sbi's
+        # does not.
+        x_o = torch.full((1, 2), 0.5)
+        x_o = x_o.to(device) if sample_with == "direct" else x_o
         samples = posterior.sample((20,), x=x_o, show_progress_bars=False)
         assert samples.device.type == device
         log_prob = posterior.log_prob(samples, x=x_o.to(device))
