@@ -21,20 +21,23 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import torch
 from sbi.inference import NPE
+from sbi.utils.user_input_checks_utils import move_distribution_to_device
 
 from sbi_jeffreys import FixedWeights, JeffreysNPE, NoTracker
 from tasks import get_task
 from tasks.task import Task
 
 TASKS = ("two_moons", "slcp", "bernoulli_glm")
-# Epochs of a measurement by the number of simulations, a multiple of three stages.
-EPOCHS = {1_000: 90, 10_000: 30, 100_000: 6}
-REPETITIONS = 3
+# Epochs of a measurement by the number of simulations, a multiple of three stages, and
+# how often it is made: long ones are steady by themselves.
+EPOCHS = {1_000: 90, 10_000: 30, 100_000: 6, 1_000_000: 6}
+REPETITIONS = {1_000: 3, 10_000: 3, 100_000: 1, 1_000_000: 1}
 NUM_SAMPLES = 10_000
 
 
@@ -55,26 +58,39 @@ class TimedJeffreysNPE(JeffreysNPE):
         vars(self).setdefault("ends", []).append(end)
 
 
-def trainer(kind: type, task: Task, budget: int, **kwargs: Any) -> Any:
+def trainer(
+    kind: type, task: Task, budget: int, device: str = "cpu", **kwargs: Any
+) -> Any:
     """Return a trainer with simulations."""
     torch.manual_seed(0)
     theta = task.prior.sample((budget,))
+    prior = deepcopy(task.prior)  # moved in place
     inference = kind(
-        task.prior, tracker=NoTracker(), show_progress_bars=False, **kwargs
+        move_distribution_to_device(prior, device),
+        device=device,
+        tracker=NoTracker(),
+        show_progress_bars=False,
+        **kwargs,
     )
     return inference.append_simulations(theta, task.simulator(theta))
 
 
 def time_epochs(
-    kind: type, task: Task, budget: int, epochs: int, flow: str, **kwargs: Any
+    kind: type, task: Task, budget: int, batch_size: int, **kwargs: Any
 ) -> dict[str, float]:
-    """Train for so many epochs; return seconds per epoch of each stage and of all.
+    """Train for some epochs; return seconds per epoch of each stage and of all.
 
     The time before the first epoch, in which networks are built, is left out.
     """
-    inference = trainer(kind, task, budget, density_estimator=flow, **kwargs)
-    # Tests of convergence must not end a stage before its third of the epochs.
-    inference.train(max_num_epochs=epochs - 1, stop_after_epochs=epochs)
+    inference = trainer(kind, task, budget, **kwargs)
+    # NPE's epochs are all alike. Tests of convergence must not end a stage of ours
+    # before its third of the epochs.
+    epochs = EPOCHS[budget] // 2 if kind is TimedNPE else EPOCHS[budget]
+    inference.train(
+        training_batch_size=batch_size,
+        max_num_epochs=epochs - 1,
+        stop_after_epochs=epochs,
+    )
     ends = inference.ends
     seconds: dict[str, list[float]] = defaultdict(list)
     for (_, before), (stage, end) in zip(ends[:-1], ends[1:], strict=True):
@@ -84,49 +100,65 @@ def time_epochs(
     return result
 
 
-def best_of(function: Callable[[], dict[str, float]]) -> dict[str, float]:
+def best_of(
+    function: Callable[[], dict[str, float]], repetitions: int
+) -> dict[str, float]:
     """Return the shortest times of several runs: other work can only add."""
-    runs = [function() for _ in range(REPETITIONS)]
+    runs = [function() for _ in range(repetitions)]
     return {name: min(run[name] for run in runs) for name in runs[0]}
 
 
-def epochs(flow: str, budgets: list[int]) -> None:
+def epochs(
+    tasks: list[str], budgets: list[int], batch_size: int, **kwargs: Any
+) -> None:
     """Print seconds per epoch over NPE's."""
     print(
         "| task | simulations | NPE, ms per epoch | likelihood alone | flow | proxy "
-        "| distillation | all |\n|---|---|---|---|---|---|---|---|"
+        "| distillation | all | fast |\n|---|---|---|---|---|---|---|---|---|"
     )
-    for name in TASKS:
+    for name in tasks:
         for budget in budgets:
-            task, num = get_task(name), EPOCHS[budget]
             kinds = (
                 (TimedNPE, {}),
                 (TimedJeffreysNPE, {"weights": FixedWeights((1.0, 0.0, 0.0))}),
                 (TimedJeffreysNPE, {}),
+                (TimedJeffreysNPE, {"preset": "fast"}),
             )
-            npe, alone, ours = (
+            npe, alone, ours, fast = (
                 best_of(
-                    partial(time_epochs, kind, task, budget, num, flow=flow, **kwargs)
+                    partial(
+                        time_epochs,
+                        kind,
+                        get_task(name),
+                        budget,
+                        batch_size,
+                        **kwargs,
+                        **own,
+                    ),
+                    REPETITIONS[budget],
                 )
-                for kind, kwargs in kinds
+                for kind, own in kinds
             )
             ratios = [alone["all"], *(ours[s] for s in ("flow", "proxy"))]
-            ratios += [ours["distillation"], ours["all"]]
+            ratios += [ours["distillation"], ours["all"], fast["all"]]
             cells = " | ".join(f"{r / npe['all']:.2f}" for r in ratios)
             print(
                 f"| {name} | {budget} | {1e3 * npe['all']:.0f} | {cells} |", flush=True
             )
 
 
-def converged(budgets: list[int]) -> None:
+def converged(tasks: list[str], budgets: list[int]) -> None:
     """Print seconds to convergence, all defaults, over NPE's with maf and with nsf."""
-    print("| task | simulations | JeffreysNPE, s | / NPE (maf) | / NPE (nsf) |")
-    print("|---|---|---|---|---|")
-    for name in TASKS:
+    print(
+        "| task | simulations | JeffreysNPE, s | / NPE (maf) | / NPE (nsf) "
+        "| fast, s | / NPE (maf) | / NPE (nsf) |\n|---|---|---|---|---|---|---|---|"
+    )
+    for name in tasks:
         for budget in budgets:
             task, seconds = get_task(name), []
             for kind, kwargs in (
                 (JeffreysNPE, {}),
+                (JeffreysNPE, {"preset": "fast"}),
                 (NPE, {"density_estimator": "maf"}),
                 (NPE, {"density_estimator": "nsf"}),
             ):
@@ -134,16 +166,16 @@ def converged(budgets: list[int]) -> None:
                 start = time.perf_counter()
                 inference.train()
                 seconds.append(time.perf_counter() - start)
-            ours, maf, nsf = seconds
-            cells = f"{ours:.0f} | {ours / maf:.1f} | {ours / nsf:.1f}"
+            *ours, maf, nsf = seconds
+            cells = " | ".join(f"{s:.0f} | {s / maf:.1f} | {s / nsf:.1f}" for s in ours)
             print(f"| {name} | {budget} | {cells} |", flush=True)
 
 
-def sampling(flow: str) -> None:
+def sampling(tasks: list[str], flow: str) -> None:
     """Print seconds for samples and densities over those of NPE's."""
     print("| task | samples | densities | refined samples / the flow's |")
     print("|---|---|---|---|")
-    for name in TASKS:
+    for name in tasks:
         task = get_task(name)
         fits = []
         for kind in (NPE, JeffreysNPE):
@@ -169,7 +201,7 @@ def sampling(flow: str) -> None:
             return {"seconds": time.perf_counter() - start}
 
         times = [
-            best_of(lambda f=f, p=p: f(p))["seconds"]
+            best_of(lambda f=f, p=p: f(p), REPETITIONS[1_000])["seconds"]
             for f, p in (
                 (sample, npe),
                 (sample, ours),
@@ -184,10 +216,10 @@ def sampling(flow: str) -> None:
         )
 
 
-def memory(flow: str) -> None:
+def memory(tasks: list[str], flow: str) -> None:
     """Print peaks of memory over NPE's, less that of the imports."""
     print("| task | NPE, MB | JeffreysNPE / NPE |\n|---|---|---|")
-    for name in TASKS:
+    for name in tasks:
         peaks = []
         for kind in ("NPE", "JeffreysNPE"):
             command = [sys.executable, "-m", "tasks.benchmarks.training", "peak"]
@@ -224,22 +256,35 @@ def main() -> None:
         if name == "peak":
             measurement.add_argument("kind", choices=("NPE", "JeffreysNPE"))
             measurement.add_argument("task", choices=TASKS)
+        else:
+            measurement.add_argument(
+                "--tasks", nargs="+", choices=TASKS, default=list(TASKS)
+            )
         if name != "converged":
             measurement.add_argument("--flow", default="maf")
         if name in ("epochs", "converged"):
             measurement.add_argument(
                 "--budgets", type=int, nargs="+", choices=EPOCHS, default=[1_000]
             )
+        if name == "epochs":
+            measurement.add_argument("--batch-size", type=int, default=200)
+            measurement.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.measurement == "epochs":
-        epochs(arguments.flow, arguments.budgets)
+        epochs(
+            arguments.tasks,
+            arguments.budgets,
+            arguments.batch_size,
+            density_estimator=arguments.flow,
+            device=arguments.device,
+        )
     elif arguments.measurement == "converged":
-        converged(arguments.budgets)
+        converged(arguments.tasks, arguments.budgets)
     elif arguments.measurement == "sampling":
-        sampling(arguments.flow)
+        sampling(arguments.tasks, arguments.flow)
     elif arguments.measurement == "memory":
-        memory(arguments.flow)
+        memory(arguments.tasks, arguments.flow)
     else:
         peak(arguments.kind, arguments.task, arguments.flow)
 
