@@ -218,7 +218,8 @@ class Sequential(SingleRound):
 
     Args:
         trainer: The trainer's class, such as `sbi.inference.NPE`.
-        posteriors: Arguments of `build_posterior` of the one posterior, by its name.
+        posteriors: Arguments of `build_posterior` by name of the posterior. The last is
+            that from which the next round's parameters are drawn.
         rounds: Number of rounds.
         constructor: Arguments of the trainer's constructor besides the prior.
     """
@@ -245,7 +246,7 @@ class Sequential(SingleRound):
             raise InputError(
                 f"{', '.join(self.names)} is trained for one observation; none given."
             )
-        (arguments,) = self.posteriors.values()
+        *_, arguments = self.posteriors.values()
         budget = len(problem.theta)
         if budget < self.rounds:
             raise InputError(
@@ -294,6 +295,11 @@ _METHODS: tuple[Method, ...] = (
         weights="fixed",
     ),
     SingleRound(
+        JeffreysNPE,
+        {"jeffreys_fast": {}, "jeffreys_fast_refined": {"sample_with": "refined"}},
+        preset="fast",
+    ),
+    SingleRound(
         PooledJeffreysNPE,
         {"jeffreys_pooled": {}, "jeffreys_pooled_refined": {"sample_with": "refined"}},
     ),
@@ -305,6 +311,9 @@ _METHODS: tuple[Method, ...] = (
     SingleRound(NPSE, {"npse": {}}),
     SingleRound(NLE, {"nle": _MCMC}),
     SingleRound(NRE, {"nre": _MCMC}),
+    Sequential(
+        JeffreysNPE, {"sjeffreys": {}, "sjeffreys_refined": {"sample_with": "refined"}}
+    ),
     Sequential(NPE, {"snpe": {}}),
     Sequential(NLE, {"snle": _MCMC}),
     Sequential(NRE, {"snre": _MCMC}),
