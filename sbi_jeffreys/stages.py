@@ -1,7 +1,6 @@
 """The stages of training: which of the models learns, and from what."""
 
 from enum import Enum
-from typing import Optional
 
 
 class Stage(Enum):
@@ -23,6 +22,8 @@ class Stage(Enum):
       has surrogates of the likelihood, the first term has the weight $1 - \beta \tau$,
       and the last one is lowered also at synthetic conditions that one makes up.
 
+    The preset `"fast"` ends with the proxy.
+
     Each ends when its model has not improved on validation simulations for
     `stop_after_epochs`, and the next begins with the best of it. A proxy that learns
     beside a poor flow gets its partition function from samples that miss it, and a flow
@@ -43,10 +44,3 @@ class Stage(Enum):
     def trains_proxy(self) -> bool:
         """Whether the proxy learns."""
         return self is Stage.PROXY
-
-    @property
-    def next(self) -> Optional["Stage"]:
-        """The stage that follows, `None` after the last."""
-        stages = list(Stage)
-        following = stages.index(self) + 1
-        return stages[following] if following < len(stages) else None

@@ -6,7 +6,17 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, Union
+from typing import (
+    Any,
+    Dict,
+    List,
+    Literal,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+    get_args,
+)
 
 import torch
 from sbi.inference import NPE
@@ -79,9 +89,9 @@ from sbi_jeffreys.weights import (
 NUM_VALIDATION_SIMULATIONS = 500
 VALIDATION_MULTIPLE = 8
 # The set of proposal samples that the proxy learns with, while the flow stands still,
-# holds four times what a step takes, which draws from it at random, as long as that
-# does not fill the memory.
-POOL_MULTIPLE = 4
+# holds so many of the flow's for every simulation, from which a step draws at random,
+# as long as that does not fill the memory. With fewer the proxy overfits to them.
+NUM_POOL_SAMPLES = 64
 MAX_POOL_SIZE = 4_000_000
 # Samples of the proxy that the flow learns from: so many are drawn for every simulation
 # among the proposals that the proxy has learnt with, and after so many epochs among
@@ -110,6 +120,8 @@ MAX_LIKELIHOOD_EPOCHS = 200
 # the dearest of all, in every second batch, twice as long.
 REVERSE_INTERVAL = 2
 NUM_REVERSE_VALIDATION_SAMPLES = 4
+Preset = Literal["accurate", "fast"]
+NUM_FAST_SAMPLES = 8
 # Density estimators of sbi's without differentiable samples, refused when built.
 MIXTURES = ("mdn", "made")
 # Large, as weights are averaged.
@@ -225,6 +237,7 @@ class JeffreysNPE(NPE):
         energy_estimator: Optional[EnergyBuilder] = None,
         weights: Union[Literal["adaptive", "fixed"], Weights] = "adaptive",
         objective: Optional[JeffreysObjective] = None,
+        preset: Preset = "accurate",
     ):
         r"""Initialize JeffreysNPE.
 
@@ -246,11 +259,24 @@ class JeffreysNPE(NPE):
                 own making, as `AdaptiveWeights(QuadraticRelaxation(alpha=2.0))`.
             objective: Numbers of samples behind the divergences, `JeffreysObjective()`
                 if not given.
+            preset: `"fast"` trains one flow, not several, and a proxy with half the
+                samples, and leaves the last stage out, in which the flow learns from
+                the proxy. What the proxy has learnt is in the refined posterior.
+                `density_estimator` and `objective` go before it where given.
 
         Raises:
-            ValueError: If `weights` is an unknown name.
+            ValueError: If `weights` or `preset` is an unknown name.
             TypeError: If `weights` is neither a name nor `Weights`.
         """
+        if preset not in get_args(Preset):
+            raise ValueError(f'preset must be "accurate" or "fast", got {preset!r}.')
+        self.preset = preset
+        if density_estimator == "auto" and preset == "fast":
+            density_estimator = "maf"
+        if objective is None:
+            objective = JeffreysObjective()
+            if preset == "fast":
+                objective = JeffreysObjective(NUM_FAST_SAMPLES, NUM_FAST_SAMPLES)
         chooses_flow = density_estimator == "auto"
         super().__init__(
             prior=prior,
@@ -271,7 +297,7 @@ class JeffreysNPE(NPE):
         )
         self._build_neural_net = self._build_estimator
         self._initial_weights = _as_weights(weights)
-        self.objective = JeffreysObjective() if objective is None else objective
+        self.objective = objective
         if not callable(self._build_proxy):
             raise TypeError(
                 "energy_estimator must be a builder such as energy_nn(...) returns, "
@@ -634,6 +660,7 @@ class JeffreysNPE(NPE):
         self._num_batches = len(train_loader)
         self._stop_after_epochs = train_config.stop_after_epochs
         self._validation = val_loader, loss_args
+        self._estimator.to(self._device)  # sbi does so later; averages stay where made
         self._average = WeightAverage(
             self._estimator, max(1, NUM_AVERAGED_EPOCHS * len(train_loader))
         )
@@ -823,6 +850,8 @@ class JeffreysNPE(NPE):
                 self._proxy_samples.pop(name, None)
         for model in self._standing_still:
             model.eval()  # what is drawn and normalised in passing stands still, too
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # sbi's Adam takes ten operations a parameter
         means = []
         first = epoch_of_stage * len(train_loader)
         for step, batch in enumerate(train_loader, start=first):
@@ -930,6 +959,21 @@ class JeffreysNPE(NPE):
         """Return whether parameters come from a proposal other than the prior."""
         assert isinstance(loss_args, LossArgsNPE)
         return self._round > 0 and not loss_args.force_first_round_loss
+
+    @property
+    def _stages(self) -> List[Stage]:
+        """The stages of a training in which the proxy learns."""
+        left_out = {Stage.DISTILLATION} if self.preset == "fast" else set()
+        if self._likelihoods is None:
+            left_out.add(Stage.LIKELIHOOD)
+        return [stage for stage in Stage if stage not in left_out]
+
+    @property
+    def _next_stage(self) -> Optional[Stage]:
+        """The stage that follows, `None` after the last."""
+        order = list(Stage)
+        later = order[order.index(self._stage) + 1 :]
+        return next((stage for stage in later if stage in self._stages), None)
 
     @property
     def _standing_still(self) -> Tuple[Module, ...]:
@@ -1071,7 +1115,8 @@ class JeffreysNPE(NPE):
             end = NUM_VALIDATION_SIMULATIONS if self._round == 0 else None
             indices = self.val_indices[:end] if validate else self.train_indices
             x = loader.dataset.tensors[1][indices]  # type: ignore[attr-defined]
-            multiple = VALIDATION_MULTIPLE if validate else POOL_MULTIPLE
+            in_pool = max(1, NUM_POOL_SAMPLES // objective.num_flow_samples)
+            multiple = VALIDATION_MULTIPLE if validate else in_pool
             self._proposals[name] = self._draw_proposals(x, multiple)
         proposals = self._proposals[name].at(self._position[batch[3]])
         if validate:
@@ -1304,10 +1349,8 @@ class JeffreysNPE(NPE):
         )
 
     def _start_next_stage(self) -> None:
-        following = self._stage.next
+        following = self._next_stage
         assert following is not None
-        if following is Stage.LIKELIHOOD and self._likelihoods is None:
-            following = Stage.PROXY
         for name in ("flow", "proxy"):
             if name in self._best:
                 getattr(self._estimator, name).load_state_dict(self._best[name][2])
@@ -1444,11 +1487,10 @@ class JeffreysNPE(NPE):
         stagnates = self._epochs_since_last_improvement >= stop_after_epochs
         # Without a weight on the proxy there is nothing to learn after the flow.
         has_proxy = bool(self._weights.dual_variables[1:].any())
-        is_last = self._stage.next is None
-        num_stages = len(Stage) - (self._likelihoods is None)
+        is_last = self._next_stage is None
         share = math.inf
         if has_proxy and not is_last:
-            share = self._max_num_epochs / num_stages
+            share = self._max_num_epochs / len(self._stages)
         if self._stage is Stage.LIKELIHOOD:
             share = min(share, MAX_LIKELIHOOD_EPOCHS)
         if self._synthetic_x is not None:

@@ -20,12 +20,14 @@ from sbi_jeffreys import (
     AdaptiveWeights,
     FixedWeights,
     JeffreysNPE,
+    JeffreysObjective,
     NoTracker,
     energy_nn,
     trainer,
 )
 from sbi_jeffreys.plots import plot_training
 from sbi_jeffreys.pooled_energy import PooledEnergy
+from sbi_jeffreys.residual_flow import ResidualFlow
 from sbi_jeffreys.stages import Stage
 
 pytestmark = [
@@ -130,34 +132,70 @@ def factors(state):
     return network, likelihoods
 
 
-def test_order():
-    assert [stage.next for stage in Stage] == [
-        Stage.LIKELIHOOD,
-        Stage.PROXY,
-        Stage.DISTILLATION,
-        None,
-    ]
+def test_who_learns():
     assert [stage.trains_flow for stage in Stage] == [True, False, False, True]
     assert [stage.trains_proxy for stage in Stage] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("num_epochs", [8, 24])
 @pytest.mark.parametrize("likelihood", ["auto", "none"])
-def test_stages_share_the_epochs(likelihood, num_epochs):
-    inference = make(energy_estimator=energy_nn(8, 1, likelihood=likelihood))
+@pytest.mark.parametrize("preset", ["accurate", "fast"])
+def test_stages_share_the_epochs(preset, likelihood, num_epochs):
+    inference = make(
+        energy_estimator=energy_nn(8, 1, likelihood=likelihood), preset=preset
+    )
     train(inference, num_epochs, stop_after_epochs=100)
-    num_stages = 4 if likelihood == "auto" else 3
-    share = math.ceil((num_epochs - 1) / num_stages)
-    expected = ["flow"] * share
+    names = ["flow", "proxy"]
     if likelihood == "auto":
-        expected += ["likelihood"] * share
-    expected += ["proxy"] * share
-    expected += ["distillation"] * (num_epochs - len(expected))
+        names.insert(1, "likelihood")
+    if preset == "accurate":
+        names.append("distillation")
+    share = math.ceil((num_epochs - 1) / len(names))
+    expected = [name for name in names[:-1] for _ in range(share)]
+    expected += names[-1:] * (num_epochs - len(expected))
     assert inference.summary["stage"] == expected
     assert isinstance(inference._neural_net.proxy, PooledEnergy) == (
         likelihood == "auto"
     )
     assert_epochs_are_finite(inference.summary)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_fast_leaves_the_flow_to_the_simulations(resumed):
+    inference = JeffreysNPE(
+        PRIOR, tracker=NoTracker(), show_progress_bars=False, preset="fast"
+    )
+    if resumed:
+        interrupt_before(inference, 9)
+    states = record(inference)
+    estimator = train(inference, 12)
+    if resumed:
+        estimator = inference.train(resume_training=True, max_num_epochs=11)
+    # One of sbi's flows, and the one that its stage ended with.
+    assert isinstance(estimator.flow, ResidualFlow)
+    stages = inference.summary["stage"]
+    assert stages == ["flow"] * 6 + ["proxy"] * 6
+    best = best_of(
+        inference.summary["validation_forward_kl"], epochs_of("flow", stages)
+    )
+    assert equal(state_of(estimator.flow), states[best][1][0])
+    # As many samples are kept for a proxy that takes half of them in a step.
+    assert inference.objective.num_flow_samples == 8
+    proposals = states[-1][2]["proposals"]
+    assert len(proposals.log_ratio) == trainer.NUM_POOL_SAMPLES
+    assert len(proposals.theta) == 2 * trainer.NUM_POOL_SAMPLES
+    assert 0 <= estimator.exponent <= 1
+    inference.build_posterior(sample_with="refined")
+
+
+def test_what_is_given_goes_before_the_preset():
+    inference = JeffreysNPE(
+        PRIOR, "nsf", objective=JeffreysObjective(3, 5), preset="fast"
+    )
+    assert inference.objective.num_flow_samples == 3
+    assert inference._build_flow.args == ("nsf",)
+    with pytest.raises(ValueError, match='preset must be "accurate" or "fast".*slow'):
+        JeffreysNPE(PRIOR, preset="slow")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("likelihood", ["auto", "none"])

@@ -39,6 +39,7 @@ from sbi_jeffreys import (
     FixedWeights,
     JeffreysEstimator,
     JeffreysNPE,
+    JeffreysObjective,
     NoTracker,
     energy_nn,
 )
@@ -83,6 +84,10 @@ VARIANTS: dict[str, Variant] = {
     "jeffreys, proxy with likelihoods": Variant(
         JeffreysNPE, lambda: {"energy_estimator": energy_nn(likelihood="auto")}
     ),
+    "jeffreys, half the samples": Variant(
+        JeffreysNPE, lambda: {"objective": JeffreysObjective(8, 8)}
+    ),
+    "jeffreys, fast": Variant(JeffreysNPE, lambda: {"preset": "fast"}),
     "jeffreys, the flow's stage alone": Variant(
         JeffreysNPE, lambda: {"weights": FixedWeights((1.0, 0.0, 0.0))}
     ),
