@@ -32,7 +32,7 @@ LINES = ("-", "--", ":", "-.")
 
 def plot_training(
     summary: Mapping[str, Sequence[float]],
-    fig_kwargs: Mapping[str, Any] = {"figsize": (13, 3.4)},  # noqa: B006
+    fig_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> Tuple[Figure, np.ndarray]:
     r"""Plot the dynamics of a training: divergences, dual variables, proxy.
 
@@ -58,7 +58,8 @@ def plot_training(
             "trained JeffreysNPE."
         )
     epochs = np.arange(1, len(summary["validation_proxy_forward_kl"]) + 1)
-    fig, axes = plt.subplots(1, 4, layout="constrained", **fig_kwargs)
+    defaults = {"figsize": (13, 3.4), "layout": "constrained"}
+    fig, axes = plt.subplots(1, 4, **{**defaults, **(fig_kwargs or {})})
 
     def line(ax: Axes, name: str, **kwargs: Any) -> None:
         ax.plot(epochs, summary[name], **kwargs)
@@ -154,7 +155,7 @@ def plot_densities(
     labels: Optional[Sequence[str]] = None,
     levels: Sequence[float] = (0.5, 0.9),
     resolution: int = 100,
-    fig_kwargs: Mapping[str, Any] = {"figsize": (8, 3.8)},  # noqa: B006
+    fig_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> Tuple[Figure, np.ndarray]:
     r"""Plot the densities of flow and proxy at an observation beside each other.
 
@@ -222,11 +223,13 @@ def plot_densities(
             )
         densities.append(density / density.sum())
 
-    fig, axes = plt.subplots(
-        1,
-        2,
-        **{"layout": "constrained", "sharex": True, "sharey": True, **fig_kwargs},
-    )
+    defaults = {
+        "figsize": (8, 3.8),
+        "layout": "constrained",
+        "sharex": True,
+        "sharey": True,
+    }
+    fig, axes = plt.subplots(1, 2, **{**defaults, **(fig_kwargs or {})})
     grid = [
         np.linspace(float(limits[d, 0]), float(limits[d, 1]), resolution)
         for d in (first, second)

@@ -16,7 +16,12 @@ from scipy.stats import chi2, ecdf, kstest
 from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import JeffreysEstimator, NoTracker, RefinedPosterior
-from sbi_jeffreys.plots import plot_calibration, plot_corner, plot_densities
+from sbi_jeffreys.plots import (
+    plot_calibration,
+    plot_corner,
+    plot_densities,
+    plot_training,
+)
 from tests.helpers import (
     LinearGaussianFlow,
     QuadraticEnergy,
@@ -30,6 +35,13 @@ OKABE_ITO = {
     *("#000000", "#e69f00", "#56b4e9", "#009e73"),
     *("#f0e442", "#0072b2", "#d55e00", "#cc79a7"),
 }
+
+
+KLS = ("forward_kl", "reverse_kl", "proxy_forward_kl")
+
+
+def layout_engine(name):
+    return plt.figure(layout=name).get_layout_engine()
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +72,40 @@ def energy():
 @pytest.fixture
 def estimator(flow, energy, prior):
     return JeffreysEstimator(flow, gaussian_proxy(energy, prior))
+
+
+def summary_of(num_epochs):
+    """Return what `plot_training` reads of a summary, a value for every epoch."""
+    names = [f"{part}_{name}" for part in ("training", "validation") for name in KLS]
+    names += [f"dual_{name}" for name in KLS]
+    names += ["trust", "log_partition", "effective_sample_size"]
+    return {name: list(range(num_epochs)) for name in names}
+
+
+def test_keywords_of_the_figure_are_added_to_those_of_a_training():
+    fig, _ = plot_training(summary_of(5), fig_kwargs={"layout": "tight"})
+    assert type(fig.get_layout_engine()) is type(layout_engine("tight"))
+    assert tuple(fig.get_size_inches()) == (13, 3.4)
+    fig, _ = plot_training(summary_of(5), fig_kwargs={"dpi": 80})
+    assert fig.dpi == 80
+    assert tuple(fig.get_size_inches()) == (13, 3.4)
+    assert type(fig.get_layout_engine()) is type(layout_engine("constrained"))
+
+
+def test_keywords_of_the_figure_are_added_to_those_of_densities(estimator, prior):
+    posterior = RefinedPosterior(estimator, prior)
+    options = {"limits": [[-3.0, 3.0]] * 3, "condition": torch.zeros(3)}
+    fig, axes = plot_densities(
+        posterior,
+        X_O,
+        resolution=10,
+        fig_kwargs={"dpi": 80, "sharey": False},
+        **options,
+    )
+    assert fig.dpi == 80 and tuple(fig.get_size_inches()) == (8, 3.8)
+    axes[0].set(xlim=(0, 1), ylim=(0, 1))
+    assert axes[1].get_xlim() == (0, 1)  # shared as before
+    assert axes[1].get_ylim() != (0, 1)
 
 
 def shades(ax):
