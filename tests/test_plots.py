@@ -17,6 +17,7 @@ from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import JeffreysEstimator, NoTracker, RefinedPosterior
 from sbi_jeffreys.plots import (
+    plot_c2st,
     plot_calibration,
     plot_corner,
     plot_densities,
@@ -324,3 +325,56 @@ def test_plot_calibration_says_what_it_needs():
         plot_calibration({"a": torch.ones(10, 2), "b": torch.ones(10, 3)})
     with pytest.raises(ValueError, match="num_posterior_samples=100"):
         plot_calibration({"a": torch.full((10, 1), 101)}, num_posterior_samples=100)
+
+
+SCORES = {
+    "NPE": {10_000: [0.6, 0.64], 1_000: torch.tensor([0.7, 0.9, 0.8])},
+    "refined": {1_000: np.array([0.57, 0.59]), 10_000: [0.53], 100_000: 0.51},
+    "published": {1_000: 0.725, 10_000: 0.606},
+}
+
+
+def test_plot_c2st_draws_means_and_spread_of_the_seeds():
+    fig, ax = plot_c2st(SCORES, fig_kwargs={"figsize": (4, 3), "dpi": 80})
+    assert tuple(fig.get_size_inches()) == (4, 3) and fig.dpi == 80
+    assert ax.get_xscale() == "log"
+    curves = {part.get_label(): part for part in ax.containers}
+    # Standard deviations of 0.7, 0.8, 0.9 and of 0.6, 0.64, by hand.
+    line, _, (bars,) = curves["NPE"].lines
+    np.testing.assert_allclose(line.get_xydata(), [[1_000, 0.8], [10_000, 0.62]])
+    ends = [segment[:, 1] for segment in bars.get_segments()]
+    np.testing.assert_allclose(ends[0], [0.7, 0.9], rtol=1e-6)
+    np.testing.assert_allclose(ends[1], 0.62 + 0.04 / 2**0.5 * np.array([-1, 1]))
+    line, _, (bars,) = curves["refined"].lines
+    points = [[1_000, 0.58], [10_000, 0.53], [100_000, 0.51]]
+    np.testing.assert_allclose(line.get_xydata(), points)
+    # Of one seed there is no bar.
+    assert [len(segment) for segment in bars.get_segments()] == [2, 0, 0]
+    assert not curves["published"].has_yerr
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == list(SCORES)
+
+
+def test_plot_c2st_tells_methods_apart_without_colours():
+    _, ax = plot_c2st({f"method {i}": {1_000: 0.6, 10_000: 0.5} for i in range(7)})
+    lines = [part.lines[0] for part in ax.containers]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == 7
+    assert len({line.get_marker() for line in lines}) == 7  # of a single budget
+    assert {to_hex(line.get_color()) for line in lines} <= OKABE_ITO
+
+
+def test_plot_c2st_draws_into_given_axes_with_given_styles():
+    fig, (first, second) = plt.subplots(1, 2)
+    styles = {"published": {"color": "0.5", "label": "NPE, published", "ls": ":"}}
+    figure, ax = plot_c2st(SCORES, ax=second, styles=styles)
+    assert figure is fig and ax is second
+    assert not first.has_data() and second.get_legend() is None
+    line = second.containers[2].lines[0]
+    assert line.get_color() == "0.5" and line.get_linestyle() == ":"
+    assert second.get_legend_handles_labels()[1][-1] == "NPE, published"
+
+
+@pytest.mark.parametrize("nothing", [{}, {"NPE": {}}, {"NPE": {1_000: []}}])
+def test_plot_c2st_says_what_it_needs(nothing):
+    with pytest.raises(ValueError, match="no C2ST of (NPE|any)"):
+        plot_c2st(nothing)
