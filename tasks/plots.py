@@ -1,7 +1,8 @@
 """The plots of the report.
 
 Colours are those of Okabe and Ito, which readers with any colour vision tell apart;
-methods of one family share a colour and differ in marker and line.
+methods of one family share a colour. No two have both marker and line in common, for
+print without colours.
 """
 
 # pandas' own annotations say of most results that they may be one of several types.
@@ -25,23 +26,23 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 _STYLES = {
     "jeffreys": (VERMILLION, "o", "-"),
     "jeffreys_refined": (VERMILLION, "s", "--"),
-    "jeffreys_pooled": (BLACK, "o", "-"),
-    "jeffreys_pooled_refined": (BLACK, "s", "--"),
+    "jeffreys_pooled": (BLACK, "P", "-"),
+    "jeffreys_pooled_refined": (BLACK, "X", "--"),
     "jeffreys_fixed": (VERMILLION, "^", ":"),
-    "npe_nsf": (BLUE, "o", "-"),
-    "npe_maf": (BLUE, "s", "--"),
-    "npe_mdn": (BLUE, "^", ":"),
-    "npe_zuko_nsf": (BLUE, "D", "-."),
-    "fmpe": (GREEN, "o", "-"),
-    "npse": (GREEN, "s", "--"),
-    "nle": (ORANGE, "o", "-"),
-    "nre": (PURPLE, "o", "-"),
-    "snpe": (SKY, "o", "-"),
-    "snle": (ORANGE, "s", "--"),
-    "snre": (PURPLE, "s", "--"),
+    "npe_nsf": (BLUE, "D", "-"),
+    "npe_maf": (BLUE, "v", "--"),
+    "npe_mdn": (BLUE, "<", ":"),
+    "npe_zuko_nsf": (BLUE, ">", "-."),
+    "fmpe": (GREEN, "p", "-"),
+    "npse": (GREEN, "h", "--"),
+    "nle": (ORANGE, "d", "-"),
+    "nre": (PURPLE, "*", "-"),
+    "snpe": (SKY, "8", "-"),
+    "snle": (ORANGE, "d", "--"),
+    "snre": (PURPLE, "*", "--"),
 }
 # For methods that a user adds.
-_OTHERS = list(itertools.product((BLACK, SKY), "vP*Xh<>d", ("-", "--")))
+_OTHERS = list(itertools.product((BLACK, SKY), "H1234", ("-.", ":")))
 
 # Published curves, drawn thin and grey for comparison.
 _PUBLISHED = {"NPE": ("--", "x"), "NLE": (":", "+")}

@@ -10,7 +10,8 @@ import pytest
 
 from tasks.__main__ import main
 from tasks.errors import InputError
-from tasks.plots import c2st_against_budget
+from tasks.methods import METHODS
+from tasks.plots import _styles, c2st_against_budget
 from tasks.report import (
     in_order,
     paired_differences,
@@ -315,6 +316,13 @@ def test_plots_show_the_numbers(results):
     low, high = bar.get_segments()[0][:, 1]
     assert high - low == pytest.approx(2 * 0.02 / math.sqrt(2))
     assert {text.get_text() for text in figure.legends[0].get_texts()} == names
+
+
+def test_methods_are_told_apart_without_colours():
+    names = [*METHODS, *(f"mine_{i}" for i in range(10))]
+    styles = _styles(names)
+    assert set(styles) == set(names)
+    assert len({(s["marker"], s["linestyle"]) for s in styles.values()}) == len(names)
 
 
 def test_plots_of_another_task_are_without_published_figures(tmp_path):
