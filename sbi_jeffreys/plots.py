@@ -17,7 +17,7 @@ from matplotlib.cbook import normalize_kwargs
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sbi.analysis import eval_conditional_density, pairplot
-from sbi.inference.posteriors import DirectPosterior
+from sbi.inference.posteriors.base_posterior import NeuralPosterior
 from scipy.stats import kstwo
 from torch import Tensor
 
@@ -149,7 +149,7 @@ def plot_training(
 
 
 def plot_densities(
-    posterior: Union[DirectPosterior, RefinedPosterior],
+    posterior: NeuralPosterior,
     x_o: Tensor,
     limits: Optional[Union[Sequence[Sequence[float]], Tensor]] = None,
     dims: Tuple[int, int] = (0, 1),
@@ -213,9 +213,10 @@ def plot_densities(
     limits = torch.as_tensor(limits)
     condition = torch.as_tensor(condition).reshape(1, num)
 
+    prior = posterior.prior  # type: ignore[attr-defined]  # as those two have one
     densities = []
     for name, exponent in (("flow", 0.0), ("proxy", 1.0)):
-        model = RefinedPosterior(estimator, posterior.prior, exponent)
+        model = RefinedPosterior(estimator, prior, exponent)
         model.set_default_x(x_o)
         density = eval_conditional_density(
             _Unnormalised(model), condition, limits, first, second, resolution
