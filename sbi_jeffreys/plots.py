@@ -1,9 +1,10 @@
 """Plots of trainings and posteriors, in sbi's manner: they return figure and axes.
 
 Of a training (`plot_training`), of both models' densities at an observation
-(`plot_densities`), of several posteriors over each other (`plot_corner`) and of their
-calibration (`plot_calibration`). Everything is told apart by line or place as well as
-by colour, for print without colours.
+(`plot_densities`), of several posteriors over each other (`plot_corner`), of their
+calibration (`plot_calibration`) and of their C2ST against the number of simulations
+(`plot_c2st`). Everything is told apart by line, marker or place as well as by colour,
+for print without colours.
 """
 
 from typing import Any, List, Mapping, Optional, Sequence, Tuple, Union
@@ -12,10 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.cbook import normalize_kwargs
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sbi.analysis import eval_conditional_density, pairplot
-from sbi.inference.posteriors import DirectPosterior
+from sbi.inference.posteriors.base_posterior import NeuralPosterior
 from scipy.stats import kstwo
 from torch import Tensor
 
@@ -28,11 +30,12 @@ FLOW, PROXY, COUPLING = "#0072B2", "#D55E00", "#009E73"
 # Of posteriors in the order in which they are given.
 COLORS = (FLOW, PROXY, COUPLING, "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def plot_training(
     summary: Mapping[str, Sequence[float]],
-    fig_kwargs: Mapping[str, Any] = {"figsize": (13, 3.4)},  # noqa: B006
+    fig_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> Tuple[Figure, np.ndarray]:
     r"""Plot the dynamics of a training: divergences, dual variables, proxy.
 
@@ -58,7 +61,8 @@ def plot_training(
             "trained JeffreysNPE."
         )
     epochs = np.arange(1, len(summary["validation_proxy_forward_kl"]) + 1)
-    fig, axes = plt.subplots(1, 4, layout="constrained", **fig_kwargs)
+    defaults = {"figsize": (13, 3.4), "layout": "constrained"}
+    fig, axes = plt.subplots(1, 4, **{**defaults, **(fig_kwargs or {})})
 
     def line(ax: Axes, name: str, **kwargs: Any) -> None:
         ax.plot(epochs, summary[name], **kwargs)
@@ -145,7 +149,7 @@ def plot_training(
 
 
 def plot_densities(
-    posterior: Union[DirectPosterior, RefinedPosterior],
+    posterior: NeuralPosterior,
     x_o: Tensor,
     limits: Optional[Union[Sequence[Sequence[float]], Tensor]] = None,
     dims: Tuple[int, int] = (0, 1),
@@ -154,7 +158,7 @@ def plot_densities(
     labels: Optional[Sequence[str]] = None,
     levels: Sequence[float] = (0.5, 0.9),
     resolution: int = 100,
-    fig_kwargs: Mapping[str, Any] = {"figsize": (8, 3.8)},  # noqa: B006
+    fig_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> Tuple[Figure, np.ndarray]:
     r"""Plot the densities of flow and proxy at an observation beside each other.
 
@@ -209,9 +213,10 @@ def plot_densities(
     limits = torch.as_tensor(limits)
     condition = torch.as_tensor(condition).reshape(1, num)
 
+    prior = posterior.prior  # type: ignore[attr-defined]  # as those two have one
     densities = []
     for name, exponent in (("flow", 0.0), ("proxy", 1.0)):
-        model = RefinedPosterior(estimator, posterior.prior, exponent)
+        model = RefinedPosterior(estimator, prior, exponent)
         model.set_default_x(x_o)
         density = eval_conditional_density(
             _Unnormalised(model), condition, limits, first, second, resolution
@@ -222,11 +227,13 @@ def plot_densities(
             )
         densities.append(density / density.sum())
 
-    fig, axes = plt.subplots(
-        1,
-        2,
-        **{"layout": "constrained", "sharex": True, "sharey": True, **fig_kwargs},
-    )
+    defaults = {
+        "figsize": (8, 3.8),
+        "layout": "constrained",
+        "sharex": True,
+        "sharey": True,
+    }
+    fig, axes = plt.subplots(1, 2, **{**defaults, **(fig_kwargs or {})})
     grid = [
         np.linspace(float(limits[d, 0]), float(limits[d, 1]), resolution)
         for d in (first, second)
@@ -295,7 +302,9 @@ def plot_corner(
         colors: Colours of the posteriors.
         bins: Number of points in every direction at which densities are estimated.
         figsize: Size of the figure.
-        **kwargs: Further arguments of `pairplot`.
+        **kwargs: Further arguments of `pairplot`. A mapping as `upper_kwargs` or
+            `diag_kwargs` is added to what every posterior gets here, such as
+            `{"bw_method": 0.1}` for narrow modes; a list takes its place.
 
     Returns:
         Figure and axes, as `pairplot`.
@@ -332,7 +341,10 @@ def plot_corner(
             for color, line in styles
         ],
     }
-    options.update(kwargs)
+    for name, value in kwargs.items():
+        if name in ("upper_kwargs", "diag_kwargs") and isinstance(value, Mapping):
+            value = [{**style, **value} for style in options[name]]
+        options[name] = value
     fig_kwargs = {
         "points_colors": ["black"],
         "points_diag": {"linewidth": 0.8},
@@ -488,6 +500,84 @@ def plot_calibration(
     return fig, axes
 
 
+def plot_c2st(
+    c2st: Mapping[str, Mapping[int, Union[float, Sequence[float], np.ndarray, Tensor]]],
+    ax: Optional[Axes] = None,
+    styles: Optional[Mapping[str, Mapping[str, Any]]] = None,
+    fig_kwargs: Optional[Mapping[str, Any]] = None,
+) -> Tuple[Figure, Axes]:
+    r"""Plot C2ST of several methods against the number of simulations.
+
+    Markers are means over the seeds, bars their standard deviation; of a single seed
+    there is no bar. The line at 0.5 is where a classifier cannot tell a posterior from
+    the reference.
+
+    Example:
+    --------
+
+    ::
+
+        plot_c2st({
+            "NPE": {1_000: [0.71, 0.74, 0.70], 10_000: [0.62, 0.60, 0.63]},
+            "JeffreysNPE": {1_000: [0.57, 0.58, 0.57], 10_000: [0.53, 0.54, 0.53]},
+        })
+
+        fig, axes = plt.subplots(1, 2, sharey=True)  # a panel for each simulator
+        for ax, (name, c2st) in zip(axes, results.items()):
+            plot_c2st(c2st, ax=ax)
+            ax.set_title(name)
+        axes[0].legend()
+
+    Args:
+        c2st: C2ST of every method by its name and the number of simulations: one value
+            for each seed, or a number. See `sbi_jeffreys.metrics.c2st`.
+        ax: Axes to draw into, to which no legend is added. If not given, those of a new
+            figure with a legend.
+        styles: Keywords of `matplotlib.axes.Axes.errorbar` for methods by their names,
+            in the place of the colour, line and marker that it would get by its place.
+        fig_kwargs: Keywords of `matplotlib.pyplot.subplots`.
+
+    Returns:
+        Figure and axes.
+
+    Raises:
+        ValueError: If a method has no values, or there is none.
+    """
+    curves = {
+        name: {num: _values(part) for num, part in sorted(by_budget.items())}
+        for name, by_budget in c2st.items()
+    }
+    empty = [k for k, v in curves.items() if not v or not all(map(len, v.values()))]
+    if empty or not curves:
+        raise ValueError(f"Nothing to plot: no C2ST of {', '.join(empty) or 'any'}.")
+    defaults = {"figsize": (5, 3.8), "layout": "constrained"}
+    axes: Axes = (
+        plt.subplots(**{**defaults, **(fig_kwargs or {})})[1] if ax is None else ax
+    )
+    axes.axhline(0.5, color="0.8", lw=1, zorder=0)
+    for i, (name, curve) in enumerate(curves.items()):
+        style = {
+            "color": COLORS[i % len(COLORS)],
+            "linestyle": LINES[i % len(LINES)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "capsize": 2,
+            "label": name,
+            **normalize_kwargs(dict((styles or {}).get(name, {})), Line2D),
+        }
+        means = [values.mean() for values in curve.values()]
+        # NaN is no bar: one of length zero would say that seeds agree.
+        spread = [v.std(ddof=1) if len(v) > 1 else np.nan for v in curve.values()]
+        bars = spread if np.isfinite(spread).any() else None
+        axes.errorbar(list(curve), means, yerr=bars, **style)
+    axes.set_xscale("log")
+    axes.set_ylim(0.48, 1.02)
+    axes.set_xlabel("simulations")
+    axes.set_ylabel("C2ST (0.5 is perfect)")
+    if ax is None:
+        axes.legend(frameon=False)
+    return axes.figure, axes  # type: ignore[return-value]
+
+
 class _Unnormalised:
     """A density known up to a constant, as `eval_conditional_density` asks for it."""
 
@@ -500,6 +590,15 @@ class _Unnormalised:
             self.posterior.log_prob(part, norm_posterior=False)
             for part in theta.split(10_000)
         ])
+
+
+def _values(
+    values: Union[float, Sequence[float], np.ndarray, Tensor],
+) -> np.ndarray:
+    """Return one value or several as a vector."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+    return np.atleast_1d(np.asarray(values, dtype=float)).ravel()
 
 
 def _limits(samples: Tensor) -> Tensor:

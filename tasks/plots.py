@@ -1,7 +1,8 @@
 """The plots of the report.
 
 Colours are those of Okabe and Ito, which readers with any colour vision tell apart;
-methods of one family share a colour and differ in marker and line.
+methods of one family share a colour. No two have both marker and line in common, for
+print without colours.
 """
 
 # pandas' own annotations say of most results that they may be one of several types.
@@ -17,72 +18,71 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sbi_jeffreys.plots import plot_c2st
+
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
 _STYLES = {
     "jeffreys": (VERMILLION, "o", "-"),
     "jeffreys_refined": (VERMILLION, "s", "--"),
-    "jeffreys_pooled": (BLACK, "o", "-"),
-    "jeffreys_pooled_refined": (BLACK, "s", "--"),
+    "jeffreys_pooled": (BLACK, "P", "-"),
+    "jeffreys_pooled_refined": (BLACK, "X", "--"),
     "jeffreys_fixed": (VERMILLION, "^", ":"),
-    "npe_nsf": (BLUE, "o", "-"),
-    "npe_maf": (BLUE, "s", "--"),
-    "npe_mdn": (BLUE, "^", ":"),
-    "npe_zuko_nsf": (BLUE, "D", "-."),
-    "fmpe": (GREEN, "o", "-"),
-    "npse": (GREEN, "s", "--"),
-    "nle": (ORANGE, "o", "-"),
-    "nre": (PURPLE, "o", "-"),
-    "snpe": (SKY, "o", "-"),
-    "snle": (ORANGE, "s", "--"),
-    "snre": (PURPLE, "s", "--"),
+    "npe_nsf": (BLUE, "D", "-"),
+    "npe_maf": (BLUE, "v", "--"),
+    "npe_mdn": (BLUE, "<", ":"),
+    "npe_zuko_nsf": (BLUE, ">", "-."),
+    "fmpe": (GREEN, "p", "-"),
+    "npse": (GREEN, "h", "--"),
+    "nle": (ORANGE, "d", "-"),
+    "nre": (PURPLE, "*", "-"),
+    "snpe": (SKY, "8", "-"),
+    "snle": (ORANGE, "d", "--"),
+    "snre": (PURPLE, "*", "--"),
 }
 # For methods that a user adds.
-_OTHERS = list(itertools.product((BLACK, SKY), "vP*Xh<>d", ("-", "--")))
+_OTHERS = list(itertools.product((BLACK, SKY), "H1234", ("-.", ":")))
 
 # Published curves, drawn thin and grey for comparison.
 _PUBLISHED = {"NPE": ("--", "x"), "NLE": (":", "+")}
 
 
-def c2st_against_budget(summary: pd.DataFrame, published: pd.DataFrame) -> Figure:
+def c2st_against_budget(rows: pd.DataFrame, published: pd.DataFrame) -> Figure:
     """Return C2ST against the number of simulations, a panel for each task.
 
     Args:
-        summary: What `tasks.report.summarise` returns.
+        rows: A result table, see `tasks.results.load`.
         published: What `tasks.report.published` returns.
     """
-    c2st = summary[summary["quantity"] == "c2st"].dropna(subset=["mean"])
-    figure, panels = _panels(sorted(c2st["task"].unique()))
+    good = rows[rows["status"] == "ok"].dropna(subset=["c2st"])
+    # One value for each seed, as in `tasks.report.summarise`.
+    seeds = good.groupby(["task", "method", "budget", "seed"])["c2st"].mean()
+    theirs = published[published["source"] == "lueckmann2021"]
+    styles = {
+        f"{method}, published": {
+            "linestyle": line,
+            "marker": marker,
+            "color": "0.5",
+            "linewidth": 1,
+            "markersize": 4,
+        }
+        for method, (line, marker) in _PUBLISHED.items()
+    } | _styles(good["method"])
+    figure, panels = _panels(sorted(good["task"].unique()))
     for task, axes in panels.items():
-        theirs = published[
-            (published["task"] == task) & (published["source"] == "lueckmann2021")
-        ]
-        for method, (line, marker) in _PUBLISHED.items():
-            curve = theirs[theirs["method"] == method].sort_values("budget")
-            axes.plot(
-                curve["budget"],
-                curve["c2st_mean"],
-                line,
-                marker=marker,
-                color="0.5",
-                linewidth=1,
-                markersize=4,
-                label=f"{method}, published",
-            )
-        for method, style in _styles(c2st["method"]).items():
-            curve = c2st[(c2st["task"] == task) & (c2st["method"] == method)]
-            curve = curve.sort_values("budget")
-            axes.errorbar(
-                curve["budget"],
-                curve["mean"],
-                yerr=curve["std_seeds"].fillna(0.0),
-                capsize=2,
-                label=method,
-                **style,
-            )
-        axes.set_xscale("log")
-    _finish(figure, panels, "simulations")
+        curves = {}
+        for method in _PUBLISHED:
+            of_task = (theirs["task"] == task) & (theirs["method"] == method)
+            curve = theirs[of_task].set_index("budget")["c2st_mean"]
+            if len(curve):
+                curves[f"{method}, published"] = curve.to_dict()
+        for method in _styles(good["method"]):
+            if (task, method) in seeds:
+                by_budget = seeds[task, method].groupby("budget")
+                curves[method] = by_budget.apply(np.asarray).to_dict()
+        plot_c2st(curves, axes, styles)
+    _finish(figure, panels)
     return figure
 
 
@@ -122,9 +122,13 @@ def c2st_against_time(summary: pd.DataFrame) -> Figure:
                 marker=style["marker"],
                 label=method,
             )
+        budgets = ", ".join(f"{budget:,}" for budget in sizes)
+        axes.axhline(0.5, color="0.8", linewidth=1, zorder=0)
         axes.set_xscale("log")
-    budgets = ", ".join(f"{budget:,}" for budget in sizes)
-    _finish(figure, panels, f"seconds of one training\n({budgets} simulations)")
+        axes.set_ylim(0.48, 1.02)
+        axes.set_xlabel(f"seconds of one training\n({budgets} simulations)")
+        axes.set_ylabel("C2ST (0.5 is perfect)")
+    _finish(figure, panels)
     return figure
 
 
@@ -207,15 +211,13 @@ def _panels(tasks: list[str]) -> tuple[Figure, dict[str, Axes]]:
     return figure, dict(zip(tasks, grid.ravel(), strict=False))
 
 
-def _finish(figure: Figure, panels: dict[str, Axes], label: str) -> None:
-    """Label the panels and add one legend for all."""
+def _finish(figure: Figure, panels: dict[str, Axes]) -> None:
+    """Give the panels their titles, labels at the edges alone, and one legend."""
     for task, axes in panels.items():
-        axes.axhline(0.5, color="0.8", linewidth=1, zorder=0)
         axes.set_title(task, fontsize=10)
-        axes.set_ylim(0.48, 1.02)
-        axes.set_xlabel(label, fontsize=9)
+        axes.xaxis.label.set_size(9)
+        axes.yaxis.label.set_size(9)
         axes.label_outer()
-    figure.supylabel("C2ST (0.5 is perfect)", fontsize=10)
     _legend(figure, list(panels.values()))
 
 

@@ -192,7 +192,7 @@ def write_report(
     good = set(rows.loc[rows["status"] == "ok", "method"])
     if good:
         figures["c2st_against_budget.png"] = plots.c2st_against_budget(
-            summary, published()
+            rows, published()
         )
         figures["c2st_against_time.png"] = plots.c2st_against_time(summary)
     if reference in good and len(good) > 1:

@@ -1,12 +1,16 @@
-"""Every block of Python and every command in README and documentation is run.
+"""What README and documentation tell a reader to type is tried.
 
-The code of the tutorials is run by `test_tutorials.py`; here are their commands.
+Every block of Python is run as it stands, page by page, but for two numbers: trainings
+have three epochs, and posteriors give a hundred samples where the page asks for ten
+thousand. The names that a reader has from before are given: `prior`, `simulator`,
+`theta`, `x`, `x_o` and a trained `inference`. The code of the tutorials is run by
+`test_tutorials.py`.
 
-Python runs as it stands, page by page, but for two numbers: trainings have three
-epochs, and posteriors give a hundred samples where the page asks for ten thousand. The
-names that a reader has from before are given: `prior`, `simulator`, `theta`, `x`,
-`x_o` and a trained `inference`. Commands are read by their own parsers, with the files
-that they name; what is cheap is run.
+Of commands, in blocks and in the text, a few of `python -m tasks` are run: `simulate`,
+the `run` of tasks/README.md with fewer simulations and three epochs, and the `report`
+of the committed rows. All others are parsed only: those of `python -m tasks` by their
+own parser, of other modules the names of the options, of `make` the targets, of `pip`
+the extras; and files of tasks/ and tests/ that they name are there.
 """
 
 import configparser
@@ -15,6 +19,7 @@ import re
 import runpy
 import shlex
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import matplotlib
@@ -23,8 +28,12 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from fake_method import need_published_data
+from sbi.inference import NPE
 from sbi.utils import BoxUniform
 
 from sbi_jeffreys import JeffreysNPE, NoTracker
@@ -41,7 +50,7 @@ PAGES = [
 ]
 # Pages of which no Python is run here.
 OTHERS = [
-    *(ROOT / folder / "README.md" for folder in ("tasks", "tutorials")),
+    *(ROOT / path / "README.md" for path in ("tasks", "tasks/reports", "tutorials")),
     *sorted((ROOT / "tutorials").glob("*.ipynb")),
 ]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -137,7 +146,30 @@ def commands():
     return found
 
 
-@pytest.mark.parametrize("command", commands())
+def mentioned_commands():
+    """Return every command within the text of a page, with the page."""
+    found = {}
+    for page in [*PAGES, *OTHERS]:
+        text = FENCE.sub("", text_of(page))
+        for command in re.findall(r"`((?:python|make|pip|dask) [^`]+)`", text):
+            found.setdefault(" ".join(command.split()), page)
+    return found
+
+
+def check_options(module, arguments, monkeypatch, capsys):
+    """Raise unless a module has a help that names all options of the arguments."""
+    options = [word for word in arguments if word.startswith("--")]
+    subcommand = arguments[:1] if module == "tasks" else []
+    monkeypatch.setattr(sys, "argv", [module, *subcommand, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__")
+    assert not end.value.code
+    usage = capsys.readouterr().out
+    for option in options:
+        assert option in usage, option
+
+
+@pytest.mark.parametrize("command", {**commands(), **mentioned_commands()})
 def test_command_is_one(command, monkeypatch, capsys):
     words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
     if words[0] == "make":
@@ -157,18 +189,16 @@ def test_command_is_one(command, monkeypatch, capsys):
         for word in arguments:
             if word.startswith(("tasks/", "tests/")):
                 assert (ROOT / word).exists(), word
-        if module == "tasks":
+        # Text may name a command without its arguments, or with FILE.toml for one.
+        placeholder = any(re.fullmatch(r"[A-Z]+(\.+\w*)?", word) for word in arguments)
+        named_only = command not in commands() and len(arguments) < 2
+        if module == "tasks" and not placeholder and not named_only:
             from tasks.__main__ import _parser
 
             _parser().parse_args(arguments)
-            return
-        monkeypatch.setattr(sys, "argv", [module, "--help"])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_module(module, run_name="__main__")
-        assert not end.value.code
-        usage = capsys.readouterr().out
-        for option in (word for word in arguments if word.startswith("--")):
-            assert option in usage, option
+        else:
+            known = [word for word in arguments if word != "COMMAND"]
+            check_options(module, known, monkeypatch, capsys)
     elif words[0] == "dask":
         command_line = importlib.import_module(f"distributed.cli.dask_{words[1]}").main
         known = {option for given in command_line.params for option in given.opts}
@@ -177,11 +207,49 @@ def test_command_is_one(command, monkeypatch, capsys):
         pytest.fail(f"Nothing here checks the command {words[0]!r}.")
 
 
-def test_cheap_commands_run(tmp_path):
+def arguments_of(start):
+    """Return the arguments of the one command of the pages that starts so."""
+    (command,) = (line for line in commands() if line.startswith(start))
+    return shlex.split(command)[3:]
+
+
+def test_simulations_are_written(tmp_path):
     out = tmp_path / "simulations.npz"
     arguments = ["simulate", "--task", "two_moons", "--budget", "50"]
     assert tasks_main([*arguments, "--out", str(out)]) == 0
-    assert out.exists()
+    with np.load(out) as file:
+        assert file["theta"].shape == file["x"].shape == (50, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_run_of_the_page_makes_rows_and_their_report(tmp_path, monkeypatch):
+    need_published_data()
+    for trainer in (NPE, JeffreysNPE):
+        short = partialmethod(trainer.train, max_num_epochs=3)
+        monkeypatch.setattr(trainer, "train", short)
+    folder = tmp_path / "results"
+    # Of an option that is given twice the last counts.
+    fewer = ["--budget", "60", "--observations", "1-2", "--num-samples", "100"]
+    arguments = arguments_of("python -m tasks run")
+    assert tasks_main([*arguments, *fewer, "--results", str(folder)]) == 0
+    assert tasks_main(["report", str(folder)]) == 0
+    rows = pd.read_csv(folder / "report/results.csv")
+    assert set(rows["status"]) == {"ok"}
+    assert sorted(rows["method"]) == ["jeffreys"] * 2 + ["npe_nsf"] * 2
+    assert (rows["epochs"] <= 6).all() and rows["c2st"].between(0.3, 1).all()
+
+
+@pytest.mark.slow
+def test_the_report_of_the_committed_rows_is_the_committed_one(tmp_path):
+    arguments = arguments_of("python -m tasks report tasks/reports")
+    rows = ROOT / arguments[1]
+    assert tasks_main(["report", str(rows), "--out", str(tmp_path)]) == 0
+    for path in rows.parent.iterdir():
+        if path.suffix in (".md", ".csv"):
+            assert (tmp_path / path.name).read_text() == path.read_text(), path.name
+        else:
+            assert plt.imread(tmp_path / path.name).std() > 0.01  # not blank
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=name_of)

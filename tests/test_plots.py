@@ -16,7 +16,13 @@ from scipy.stats import chi2, ecdf, kstest
 from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import JeffreysEstimator, NoTracker, RefinedPosterior
-from sbi_jeffreys.plots import plot_calibration, plot_corner, plot_densities
+from sbi_jeffreys.plots import (
+    plot_c2st,
+    plot_calibration,
+    plot_corner,
+    plot_densities,
+    plot_training,
+)
 from tests.helpers import (
     LinearGaussianFlow,
     QuadraticEnergy,
@@ -30,6 +36,13 @@ OKABE_ITO = {
     *("#000000", "#e69f00", "#56b4e9", "#009e73"),
     *("#f0e442", "#0072b2", "#d55e00", "#cc79a7"),
 }
+
+
+KLS = ("forward_kl", "reverse_kl", "proxy_forward_kl")
+
+
+def layout_engine(name):
+    return plt.figure(layout=name).get_layout_engine()
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +73,40 @@ def energy():
 @pytest.fixture
 def estimator(flow, energy, prior):
     return JeffreysEstimator(flow, gaussian_proxy(energy, prior))
+
+
+def summary_of(num_epochs):
+    """Return what `plot_training` reads of a summary, a value for every epoch."""
+    names = [f"{part}_{name}" for part in ("training", "validation") for name in KLS]
+    names += [f"dual_{name}" for name in KLS]
+    names += ["trust", "log_partition", "effective_sample_size"]
+    return {name: list(range(num_epochs)) for name in names}
+
+
+def test_keywords_of_the_figure_are_added_to_those_of_a_training():
+    fig, _ = plot_training(summary_of(5), fig_kwargs={"layout": "tight"})
+    assert type(fig.get_layout_engine()) is type(layout_engine("tight"))
+    assert tuple(fig.get_size_inches()) == (13, 3.4)
+    fig, _ = plot_training(summary_of(5), fig_kwargs={"dpi": 80})
+    assert fig.dpi == 80
+    assert tuple(fig.get_size_inches()) == (13, 3.4)
+    assert type(fig.get_layout_engine()) is type(layout_engine("constrained"))
+
+
+def test_keywords_of_the_figure_are_added_to_those_of_densities(estimator, prior):
+    posterior = RefinedPosterior(estimator, prior)
+    options = {"limits": [[-3.0, 3.0]] * 3, "condition": torch.zeros(3)}
+    fig, axes = plot_densities(
+        posterior,
+        X_O,
+        resolution=10,
+        fig_kwargs={"dpi": 80, "sharey": False},
+        **options,
+    )
+    assert fig.dpi == 80 and tuple(fig.get_size_inches()) == (8, 3.8)
+    axes[0].set(xlim=(0, 1), ylim=(0, 1))
+    assert axes[1].get_xlim() == (0, 1)  # shared as before
+    assert axes[1].get_ylim() != (0, 1)
 
 
 def shades(ax):
@@ -206,6 +253,35 @@ def test_plot_corner_contours_hold_their_masses():
     assert radius / num**0.5 == pytest.approx(chi2.ppf(0.5, 2) ** 0.5, rel=0.1)
 
 
+def test_plot_corner_adds_keywords_to_its_styles():
+    samples = {"a": torch.randn(300, 2), "b": torch.randn(300, 2)}
+    _, axes = plot_corner(samples, limits=[[-4, 4]] * 2)
+    styles = [(line.get_color(), line.get_linestyle()) for line in axes[0, 0].lines]
+    # A narrow kernel follows the samples: its estimate goes up and down more often.
+    narrow = {"bw_method": 0.02}
+    _, rough = plot_corner(
+        samples, limits=[[-4, 4]] * 2, diag_kwargs=narrow, upper_kwargs=narrow
+    )
+    for before, after in zip(axes[0, 0].lines, rough[0, 0].lines, strict=True):
+        turns = [
+            np.sum(np.diff(np.sign(np.diff(line.get_ydata()))) != 0)
+            for line in (before, after)
+        ]
+        assert turns[1] > 3 * turns[0]
+    assert styles == [
+        (line.get_color(), line.get_linestyle()) for line in rough[0, 0].lines
+    ]
+    # Its contours are in many pieces.
+    pieces = [
+        sum(
+            np.sum(path.codes == path.MOVETO)
+            for path in part[0, 1].collections[0].get_paths()
+        )
+        for part in (axes, rough)
+    ]
+    assert pieces[1] > 3 * pieces[0]
+
+
 def test_plot_corner_refuses_other_parameters():
     with pytest.raises(ValueError, match="same parameters"):
         plot_corner({"a": torch.randn(10, 2), "b": torch.randn(10, 3)})
@@ -278,3 +354,56 @@ def test_plot_calibration_says_what_it_needs():
         plot_calibration({"a": torch.ones(10, 2), "b": torch.ones(10, 3)})
     with pytest.raises(ValueError, match="num_posterior_samples=100"):
         plot_calibration({"a": torch.full((10, 1), 101)}, num_posterior_samples=100)
+
+
+SCORES = {
+    "NPE": {10_000: [0.6, 0.64], 1_000: torch.tensor([0.7, 0.9, 0.8])},
+    "refined": {1_000: np.array([0.57, 0.59]), 10_000: [0.53], 100_000: 0.51},
+    "published": {1_000: 0.725, 10_000: 0.606},
+}
+
+
+def test_plot_c2st_draws_means_and_spread_of_the_seeds():
+    fig, ax = plot_c2st(SCORES, fig_kwargs={"figsize": (4, 3), "dpi": 80})
+    assert tuple(fig.get_size_inches()) == (4, 3) and fig.dpi == 80
+    assert ax.get_xscale() == "log"
+    curves = {part.get_label(): part for part in ax.containers}
+    # Standard deviations of 0.7, 0.8, 0.9 and of 0.6, 0.64, by hand.
+    line, _, (bars,) = curves["NPE"].lines
+    np.testing.assert_allclose(line.get_xydata(), [[1_000, 0.8], [10_000, 0.62]])
+    ends = [segment[:, 1] for segment in bars.get_segments()]
+    np.testing.assert_allclose(ends[0], [0.7, 0.9], rtol=1e-6)
+    np.testing.assert_allclose(ends[1], 0.62 + 0.04 / 2**0.5 * np.array([-1, 1]))
+    line, _, (bars,) = curves["refined"].lines
+    points = [[1_000, 0.58], [10_000, 0.53], [100_000, 0.51]]
+    np.testing.assert_allclose(line.get_xydata(), points)
+    # Of one seed there is no bar.
+    assert [len(segment) for segment in bars.get_segments()] == [2, 0, 0]
+    assert not curves["published"].has_yerr
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == list(SCORES)
+
+
+def test_plot_c2st_tells_methods_apart_without_colours():
+    _, ax = plot_c2st({f"method {i}": {1_000: 0.6, 10_000: 0.5} for i in range(7)})
+    lines = [part.lines[0] for part in ax.containers]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == 7
+    assert len({line.get_marker() for line in lines}) == 7  # of a single budget
+    assert {to_hex(line.get_color()) for line in lines} <= OKABE_ITO
+
+
+def test_plot_c2st_draws_into_given_axes_with_given_styles():
+    fig, (first, second) = plt.subplots(1, 2)
+    styles = {"published": {"color": "0.5", "label": "NPE, published", "ls": ":"}}
+    figure, ax = plot_c2st(SCORES, ax=second, styles=styles)
+    assert figure is fig and ax is second
+    assert not first.has_data() and second.get_legend() is None
+    line = second.containers[2].lines[0]
+    assert line.get_color() == "0.5" and line.get_linestyle() == ":"
+    assert second.get_legend_handles_labels()[1][-1] == "NPE, published"
+
+
+@pytest.mark.parametrize("nothing", [{}, {"NPE": {}}, {"NPE": {1_000: []}}])
+def test_plot_c2st_says_what_it_needs(nothing):
+    with pytest.raises(ValueError, match="no C2ST of (NPE|any)"):
+        plot_c2st(nothing)

@@ -10,7 +10,8 @@ import pytest
 
 from tasks.__main__ import main
 from tasks.errors import InputError
-from tasks.plots import c2st_against_budget
+from tasks.methods import METHODS
+from tasks.plots import _styles, c2st_against_budget
 from tasks.report import (
     in_order,
     paired_differences,
@@ -295,22 +296,39 @@ def test_report_of_failures_alone(tmp_path):
 
 
 def test_plots_show_the_numbers(results):
-    summary = summarise(load(results))
-    figure = c2st_against_budget(summary, published())
+    figure = c2st_against_budget(load(results), published())
     axes = {panel.get_title(): panel for panel in figure.axes if panel.get_visible()}
     assert set(axes) == {"two_moons", "gaussian_mixture"}
-    drawn = {
-        line.get_label(): np.asarray(line.get_ydata())
-        for line in axes["two_moons"].get_lines()
-    }
-    assert drawn["NPE, published"] == pytest.approx(
+    drawn = {part.get_label(): part for part in axes["two_moons"].containers}
+    # Those of which there is nothing are not there.
+    names = {"NPE, published", "NLE, published", "jeffreys", "npe_nsf", "nle"}
+    assert set(drawn) == names
+    theirs, *_ = drawn["NPE, published"].lines
+    assert theirs.get_ydata() == pytest.approx(
         published()
         .query("source == 'lueckmann2021' and task == 'two_moons' and method == 'NPE'")
         .sort_values("budget")["c2st_mean"]
         .to_numpy()
     )
-    legend = figure.legends[0]
-    assert {text.get_text() for text in legend.get_texts()} >= {"jeffreys", "npe_nsf"}
+    # Of 0.65 and 0.63, the means of the two seeds.
+    ours, _, (bar,) = drawn["jeffreys"].lines
+    assert ours.get_xydata() == pytest.approx(np.array([[1000, 0.64]]))
+    low, high = bar.get_segments()[0][:, 1]
+    assert high - low == pytest.approx(2 * 0.02 / math.sqrt(2))
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == names
+
+
+def test_methods_are_told_apart_without_colours():
+    names = [*METHODS, *(f"mine_{i}" for i in range(10))]
+    styles = _styles(names)
+    assert set(styles) == set(names)
+    assert len({(s["marker"], s["linestyle"]) for s in styles.values()}) == len(names)
+
+
+def test_plots_of_another_task_are_without_published_figures(tmp_path):
+    write_row(tmp_path, row("mine", "jeffreys", 1000, 1, 1, 0.6))
+    figure = c2st_against_budget(load(tmp_path), published())
+    assert [part.get_label() for part in figure.axes[0].containers] == ["jeffreys"]
 
 
 def test_methods_are_in_the_order_of_the_table():

@@ -31,11 +31,12 @@ def notebooks() -> list[Path]:
     return sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 
 
-def execute(path: Path) -> NotebookNode:
+def execute(path: Path, preamble: str = "") -> NotebookNode:
     """Execute the code of a notebook on one thread, in the folder of the tutorials.
 
     Args:
         path: Path of the notebook, which is left as it is.
+        preamble: Code to execute before its first cell.
 
     Returns:
         The notebook with its new outputs.
@@ -44,6 +45,8 @@ def execute(path: Path) -> NotebookNode:
         nbclient.exceptions.CellExecutionError: If a cell raises.
     """
     notebook = nbformat.read(path, as_version=4)
+    if preamble:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(preamble))
     client = NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT,
