@@ -88,6 +88,12 @@ VARIANTS: dict[str, Variant] = {
         JeffreysNPE, lambda: {"objective": JeffreysObjective(8, 8)}
     ),
     "jeffreys, fast": Variant(JeffreysNPE, lambda: {"preset": "fast"}),
+    "jeffreys, fast with all samples": Variant(
+        JeffreysNPE, lambda: {"preset": "fast", "objective": JeffreysObjective()}
+    ),
+    "jeffreys, half the patience": Variant(
+        JeffreysNPE, train={"stop_after_epochs": 10}
+    ),
     "jeffreys, the flow's stage alone": Variant(
         JeffreysNPE, lambda: {"weights": FixedWeights((1.0, 0.0, 0.0))}
     ),
