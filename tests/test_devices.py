@@ -10,12 +10,14 @@ from sbi.utils import BoxUniform, MultipleIndependent
 from torch.distributions import Gamma, MultivariateNormal, Uniform
 
 from sbi_jeffreys import (
+    JeffreysEstimator,
     JeffreysNPE,
     NoTracker,
     check_fit,
     compare_models,
     energy_nn,
     proxy_based_potential,
+    trainer,
 )
 from sbi_jeffreys.pooled_energy import PooledEnergy
 from sbi_jeffreys.stages import Stage
@@ -178,3 +180,23 @@ def test_what_moves_is_moved_by_the_estimator(device):
     assert {base.scale.device.type, base.center.device.type} == {device}
     assert base.reference.loc.device.type == device
     assert proxy.base.scale.device.type == "cpu"
+
+
+def test_averages_are_made_of_weights_that_have_been_moved(monkeypatch):
+    """Without a GPU: sbi moves the network only when its loop begins."""
+    events = []
+
+    class Average(trainer.WeightAverage):
+        def __init__(self, *args):
+            events.append("average")
+            super().__init__(*args)
+
+    def to(self, device):
+        events.append(device)
+        return move(self, device)
+
+    move = JeffreysEstimator.to
+    monkeypatch.setattr(trainer, "WeightAverage", Average)
+    monkeypatch.setattr(JeffreysEstimator, "to", to)
+    train("cpu", max_num_epochs=1)
+    assert events[:2] == ["cpu", "average"]
