@@ -22,7 +22,7 @@ the symmetric form, $\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)$, see
 """
 
 from dataclasses import dataclass, replace
-from typing import Optional, Sequence, Tuple
+from typing import Dict, Iterable, Optional, Tuple, TypeVar
 
 import torch
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
@@ -80,15 +80,6 @@ class Proposals:
             self.log_ratio[index[: len(of_flow)]],
         )
 
-    @staticmethod
-    def concatenate(parts: Sequence["Proposals"]) -> "Proposals":
-        """Return the proposals of several batches of conditions as one."""
-        return Proposals(
-            torch.cat([part.theta for part in parts], 1),
-            torch.cat([part.log_weights for part in parts], 1),
-            torch.cat([part.log_ratio for part in parts], 1),
-        )
-
 
 @dataclass
 class ProxySamples:
@@ -120,15 +111,33 @@ class ProxySamples:
         index = torch.randperm(len(self.theta))[:num_samples].to(self.theta.device)
         return replace(self, theta=self.theta[index], log_prob=self.log_prob[index])
 
-    @staticmethod
-    def concatenate(parts: Sequence["ProxySamples"]) -> "ProxySamples":
-        """Return the samples at several batches of conditions as one."""
-        return ProxySamples(
-            torch.cat([part.theta for part in parts], 1),
-            torch.cat([part.log_prob for part in parts], 1),
-            torch.cat([part.log_partition for part in parts]),
-            torch.cat([part.effective_sample_size for part in parts]),
-        )
+
+Samples = TypeVar("Samples", Proposals, ProxySamples)
+
+
+def concatenate(parts: Iterable[Samples], num_conditions: int) -> Samples:
+    """Return the samples at several batches of conditions as one.
+
+    Each is put in its place as it comes: all parts and the whole at once would take
+    twice the memory.
+
+    Args:
+        parts: The samples at some of the conditions each, at least one part.
+        num_conditions: Number of conditions of all parts.
+    """
+    whole: Dict[str, Tensor] = {}
+    start = 0
+    for part in parts:
+        for name, values in vars(part).items():
+            axis = min(1, values.ndim - 1)  # that of the conditions
+            if start == 0:
+                shape = list(values.shape)
+                shape[axis] = num_conditions
+                whole[name] = values.new_empty(shape)
+            place = whole[name].narrow(axis, start, values.shape[axis])
+            place.copy_(values)
+        start += part.theta.shape[1]
+    return type(part)(**whole)
 
 
 @dataclass

@@ -24,6 +24,8 @@ from sbi_jeffreys.flow import rsample_and_log_prob
 #: Exponents among which validation chooses.
 EXPONENTS = torch.linspace(0.0, 1.0, 11)
 
+# Conditions at which samples are drawn at once.
+CHUNK = 100
 # Parameters among which those of a simulation are told, in later rounds.
 MAX_ATOMS = 50
 
@@ -112,8 +114,11 @@ def choose_exponent(
     """
     if prior is None:
         log_w = log_ratio(flow, proxy, theta.unsqueeze(0), x)
-        _, log_w_samples = sample_with_log_ratio(flow, proxy, num_samples, x)
-        candidates = torch.cat((log_w, log_w_samples))
+        log_w_samples = [
+            sample_with_log_ratio(flow, proxy, num_samples, chunk)[1]
+            for chunk in x.split(CHUNK)  # which bounds the memory
+        ]
+        candidates = torch.cat((log_w, torch.cat(log_w_samples, 1)))
         log_base = torch.zeros_like(candidates)
     else:
         atoms = as_atoms(theta)

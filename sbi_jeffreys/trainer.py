@@ -47,6 +47,7 @@ from sbi_jeffreys.objective import (
     JeffreysObjective,
     Proposals,
     ProxySamples,
+    concatenate,
 )
 from sbi_jeffreys.partition import LogPartition, log_mixture
 from sbi_jeffreys.persistence import (
@@ -129,10 +130,11 @@ LEARNING_RATE = 2e-3
 # Epochs over which weights are averaged, in steps of the optimiser. Longer averages lag
 # behind and are stopped before they have caught up.
 NUM_AVERAGED_EPOCHS = 5
-# Validation simulations at which the proxy's factors are taken at once, likewise.
+# Validation simulations at which samples are drawn, or the proxy's factors are taken, at
+# once, which bounds the memory.
 VALIDATION_CHUNK = 100
-# Conditions for which proposals are drawn at once, which bounds the memory.
-PROPOSAL_BATCH_SIZE = 2_000
+# Samples that are drawn, or taken by the proxy, at once, which bounds the memory.
+MAX_SAMPLES_AT_ONCE = 32_768
 # `_best` holds surrogates of the likelihood under this name and their index.
 LIKELIHOOD_PREFIX = "likelihood "
 # Times in a row that an epoch is tried again after it turned NaN or infinite.
@@ -1129,12 +1131,14 @@ class JeffreysNPE(NPE):
         estimator, objective = self._estimator, self.objective
         num_samples = objective.num_flow_samples + objective.num_reference_samples
         multiple = min(multiple, max(1, MAX_POOL_SIZE // (num_samples * len(x))))
-        return Proposals.concatenate([
+        num_conditions = max(1, MAX_SAMPLES_AT_ONCE // (multiple * num_samples))
+        parts = (
             objective.propose(
                 estimator.flow, estimator.proxy, chunk.to(self._device), multiple
             )
-            for chunk in x.split(PROPOSAL_BATCH_SIZE)
-        ])
+            for chunk in x.split(num_conditions)
+        )
+        return concatenate(parts, len(x))
 
     def _proxy_samples_at(
         self, batch: Sequence[Tensor], loader: DataLoader, validate: bool = False
@@ -1171,12 +1175,14 @@ class JeffreysNPE(NPE):
         num = NUM_VALIDATION_PROXY_SAMPLES if validate else num
         # Used once: the flow that drew them has moved on when the next are needed.
         drawn = proposals.pop(name, None) or self._draw_proposals(x, multiple)
-        samples = ProxySamples.concatenate([
+        num_conditions = max(1, MAX_SAMPLES_AT_ONCE // len(drawn.theta))
+        parts = (
             self.objective.sample_proxy(
                 proxy, x[index].to(self._device), drawn.at(index), num, num_moves
             )
-            for index in torch.arange(len(x)).split(PROPOSAL_BATCH_SIZE)
-        ])
+            for index in torch.arange(len(x)).split(num_conditions)
+        )
+        samples = concatenate(parts, len(x))
         flow.train(was_training)
         proxy.eval()  # it stands still, with an embedding net of both
         return samples
@@ -1622,12 +1628,17 @@ class JeffreysNPE(NPE):
             suppress(*NUMERICAL_ERRORS),  # already warned of
             keeping_random_state(self._device),
         ):
-            partition = estimator.proxy.log_partition(x, estimator.flow, 400)
-            size = partition.effective_sample_size.median().item()
-            if size < RefinedPosterior.min_relative_ess * partition.num_samples:
+            partitions = [
+                estimator.proxy.log_partition(chunk, estimator.flow, 400)
+                for chunk in x.split(VALIDATION_CHUNK)
+            ]
+            num_samples = partitions[0].num_samples
+            sizes = torch.cat([part.effective_sample_size for part in partitions])
+            size = sizes.median().item()
+            if size < RefinedPosterior.min_relative_ess * num_samples:
                 warnings.warn(
                     "The importance weights behind the proxy's partition functions "
-                    f"have collapsed: {partition.num_samples} samples of flow and "
+                    f"have collapsed: {num_samples} samples of flow and "
                     f"prior are worth {size:.1f} at half of the validation "
                     "simulations. Flow and proxy disagree. Do not use the refined "
                     "posterior; that of the flow (sample_with='direct') is as good as "

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from sbi_jeffreys import JeffreysObjective, energy_nn
-from sbi_jeffreys.objective import Proposals, ProxySamples
+from sbi_jeffreys.objective import ProxySamples, concatenate
 from sbi_jeffreys.partition import LogPartition
 
 PRIOR = MultivariateNormal(
@@ -289,7 +289,7 @@ def test_samples_of_the_proxy_at_some_conditions(flow, proxy):
     index = torch.tensor([3, 0, 3])
     part = whole.at(index)
     halves = [whole.at(torch.arange(2)), whole.at(torch.arange(2, 5))]
-    joined = ProxySamples.concatenate(halves)
+    joined = concatenate(halves, len(x))
     few = whole.subset(3)
     assert few.theta.shape == (3, 5, 2)
     for name, value in vars(whole).items():
@@ -517,7 +517,7 @@ def test_proposals_of_some_conditions(flow, proxy):
         part.log_partition.value, whole.log_partition.value[index]
     )
     halves = [proposals.at(torch.arange(2)), proposals.at(torch.arange(2, 5))]
-    joined = estimate(objective, flow, proxy, theta, x, Proposals.concatenate(halves))
+    joined = estimate(objective, flow, proxy, theta, x, concatenate(halves, len(x)))
     assert torch.equal(joined.reverse_kl, whole.reverse_kl)
 
 
