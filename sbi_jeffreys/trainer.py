@@ -130,7 +130,7 @@ LEARNING_RATE = 2e-3
 # Epochs over which weights are averaged, in steps of the optimiser. Longer averages lag
 # behind and are stopped before they have caught up.
 NUM_AVERAGED_EPOCHS = 5
-# Validation simulations at which samples are drawn, or the proxy's factors are taken, at
+# Validation simulations at which samples are drawn, or the proxy's factors taken, at
 # once, which bounds the memory.
 VALIDATION_CHUNK = 100
 # Samples that are drawn, or taken by the proxy, at once, which bounds the memory.
