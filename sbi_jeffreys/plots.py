@@ -302,7 +302,9 @@ def plot_corner(
         colors: Colours of the posteriors.
         bins: Number of points in every direction at which densities are estimated.
         figsize: Size of the figure.
-        **kwargs: Further arguments of `pairplot`.
+        **kwargs: Further arguments of `pairplot`. A mapping as `upper_kwargs` or
+            `diag_kwargs` is added to what every posterior gets here, such as
+            `{"bw_method": 0.1}` for narrow modes; a list takes its place.
 
     Returns:
         Figure and axes, as `pairplot`.
@@ -339,7 +341,10 @@ def plot_corner(
             for color, line in styles
         ],
     }
-    options.update(kwargs)
+    for name, value in kwargs.items():
+        if name in ("upper_kwargs", "diag_kwargs") and isinstance(value, Mapping):
+            value = [{**style, **value} for style in options[name]]
+        options[name] = value
     fig_kwargs = {
         "points_colors": ["black"],
         "points_diag": {"linewidth": 0.8},

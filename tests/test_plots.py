@@ -253,6 +253,35 @@ def test_plot_corner_contours_hold_their_masses():
     assert radius / num**0.5 == pytest.approx(chi2.ppf(0.5, 2) ** 0.5, rel=0.1)
 
 
+def test_plot_corner_adds_keywords_to_its_styles():
+    samples = {"a": torch.randn(300, 2), "b": torch.randn(300, 2)}
+    _, axes = plot_corner(samples, limits=[[-4, 4]] * 2)
+    styles = [(line.get_color(), line.get_linestyle()) for line in axes[0, 0].lines]
+    # A narrow kernel follows the samples: its estimate goes up and down more often.
+    narrow = {"bw_method": 0.02}
+    _, rough = plot_corner(
+        samples, limits=[[-4, 4]] * 2, diag_kwargs=narrow, upper_kwargs=narrow
+    )
+    for before, after in zip(axes[0, 0].lines, rough[0, 0].lines, strict=True):
+        turns = [
+            np.sum(np.diff(np.sign(np.diff(line.get_ydata()))) != 0)
+            for line in (before, after)
+        ]
+        assert turns[1] > 3 * turns[0]
+    assert styles == [
+        (line.get_color(), line.get_linestyle()) for line in rough[0, 0].lines
+    ]
+    # Its contours are in many pieces.
+    pieces = [
+        sum(
+            np.sum(path.codes == path.MOVETO)
+            for path in part[0, 1].collections[0].get_paths()
+        )
+        for part in (axes, rough)
+    ]
+    assert pieces[1] > 3 * pieces[0]
+
+
 def test_plot_corner_refuses_other_parameters():
     with pytest.raises(ValueError, match="same parameters"):
         plot_corner({"a": torch.randn(10, 2), "b": torch.randn(10, 3)})
