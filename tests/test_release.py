@@ -4,12 +4,14 @@ import re
 import zipfile
 from configparser import ConfigParser
 from email.parser import Parser
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 
 from sbi_jeffreys import __version__
+from tests import release_check
 from tests.release_check import build_wheel, check_contents, oldest_requirements
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,8 +54,8 @@ def test_oldest_requirements_are_the_lower_bounds():
     assert oldest["sbi"] == "0.27" and "torch" not in oldest
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
-    for name, version in oldest.items():
-        assert f"{name}>={version}" in config["options"]["install_requires"]
+    for name, bound in oldest.items():
+        assert f"{name}>={bound}" in config["options"]["install_requires"]
 
 
 def test_changelog_and_citation_know_the_version():
@@ -64,3 +66,64 @@ def test_changelog_and_citation_know_the_version():
     )
     # The version under way, or one that was released.
     assert headings[0] == "Unreleased" or headings[0] == __version__
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_shim_that_fails_is_no_python(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert release_check.find_python("3.10") is None  # nothing there
+    shim = script(tmp_path / "python3.10", "echo 'no such version' >&2; exit 127")
+    assert release_check.version_of(shim) is None
+    assert release_check.find_python("3.10") is None
+    script(tmp_path / "pyenv", f"echo {tmp_path}/root")
+    assert release_check.find_python("3.10") is None  # pyenv has none, either
+    versions = tmp_path / "root/versions"
+    script(versions / "3.10.2/bin/python", "exit 1")
+    real = script(versions / "3.10.9/bin/python", "echo 3.10")
+    script(versions / "3.11.9/bin/python", "echo 3.11")
+    assert release_check.find_python("3.10") == real
+    # One on the path that runs comes first, unless it is another version.
+    script(tmp_path / "python3.10", "echo 3.10")
+    assert release_check.find_python("3.10") == shim
+    script(tmp_path / "python3.10", "echo 3.9")
+    assert release_check.find_python("3.10") == real
+
+
+@pytest.mark.slow
+def test_the_oldest_and_the_installed_torch_are_tried(wheel, monkeypatch, capsys):
+    tried = []
+
+    def try_environment(python, wheel, torch, others, folder):
+        tried.append((torch, bool(others)))
+        return "passed: trained"
+
+    monkeypatch.setattr(release_check, "try_environment", try_environment)
+    monkeypatch.setattr(release_check, "build_wheel", lambda folder: wheel)
+    monkeypatch.setattr(release_check, "version_of", lambda python: "3.10")
+    assert release_check.main(["--python", "python3.10"]) == 0
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    (oldest,) = re.findall(r"torch>=([\d.]+)", config["options"]["install_requires"])
+    installed = version("torch").split("+")[0]
+    assert tried == [(t, old) for t in (oldest, installed) for old in (False, True)]
+    assert f"Python 3.10, torch {oldest}, oldest" in capsys.readouterr().out
+
+
+def test_the_release_check_fails_without_the_ends_of_what_is_supported(capsys):
+    supported = release_check.supported_pythons()
+    assert supported[0] == "3.10" and len(supported) > 2
+    passed, skipped = "passed: trained", "not tried, but compiled: no torch"
+    between = [(number, passed) for number in supported[1:-1]]
+    assert release_check.verdict(between) == 1
+    assert release_check.verdict([*between, ("3.10", skipped)]) == 1
+    assert f"Neither Python 3.10 nor {supported[-1]}" in capsys.readouterr().out
+    for end in (supported[0], supported[-1]):
+        assert release_check.verdict([*between, (end, passed)]) == 0
+        assert release_check.verdict([(end, passed), (end, "FAILED: x")]) == 1
+    assert release_check.verdict([(None, "not tried: it does not run")]) == 1
