@@ -145,6 +145,9 @@ def plot_training(
             loc="upper center",
             bbox_to_anchor=(0.5, -0.22),
         )
+    # The layout is made for the ticks that the axes have before it. Those of the
+    # smaller axes may be wider, and would be cut off without a second one.
+    fig.draw_without_rendering()
     return fig, axes
 
 
