@@ -145,6 +145,9 @@ def plot_training(
             loc="upper center",
             bbox_to_anchor=(0.5, -0.22),
         )
+    # The layout is made for the ticks that the axes have before it. Those of the
+    # smaller axes may be wider, and would be cut off without a second one.
+    fig.draw_without_rendering()
     return fig, axes
 
 
@@ -518,8 +521,8 @@ def plot_c2st(
     ::
 
         plot_c2st({
-            "NPE": {1_000: [0.71, 0.74, 0.70], 10_000: [0.62, 0.60, 0.63]},
-            "JeffreysNPE": {1_000: [0.57, 0.58, 0.57], 10_000: [0.53, 0.54, 0.53]},
+            "one method": {1_000: [0.71, 0.74, 0.70], 10_000: [0.62, 0.60, 0.63]},
+            "another": {1_000: [0.77, 0.78, 0.80], 10_000: [0.57, 0.58, 0.57]},
         })
 
         fig, axes = plt.subplots(1, 2, sharey=True)  # a panel for each simulator

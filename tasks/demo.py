@@ -1,5 +1,6 @@
 """The demonstration: NPE and JeffreysNPE on the same simulations of two_moons."""
 
+import math
 import time
 from pathlib import Path
 
@@ -10,15 +11,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from sbi.analysis import pairplot
 from sbi.inference import NPE, simulate_for_sbi
 from sbi.inference.posteriors.base_posterior import NeuralPosterior
 from torch import Tensor
 
 from sbi_jeffreys import JeffreysNPE, NoTracker
 from sbi_jeffreys.metrics import c2st_many
-from sbi_jeffreys.plots import plot_training
+from sbi_jeffreys.plots import FLOW, plot_training
 from tasks import get_task
 from tasks.reference import ReferenceDataError
 from tasks.task import Task
@@ -26,8 +25,6 @@ from tasks.task import Task
 NUM_SIMULATIONS = 1_000
 NUM_SAMPLES = 10_000
 SEED = 1
-# Okabe and Ito's colours: reference, NPE, JeffreysNPE.
-COLORS = ["black", "#E69F00", "#0072B2"]
 
 
 def main(folder: Path = Path("demo")) -> None:
@@ -49,7 +46,7 @@ def main(folder: Path = Path("demo")) -> None:
     observations, source = _observations(task)
     print(f"Reference posteriors: {source}.")
 
-    samples = {"reference": observations[0][1]}
+    samples = {}
     for name, trainer in (("NPE", NPE), ("JeffreysNPE", JeffreysNPE)):
         torch.manual_seed(SEED)  # the same split, the same initial flow
         inference = trainer(
@@ -65,14 +62,17 @@ def main(folder: Path = Path("demo")) -> None:
         samples[name] = _score(inference.build_posterior(), observations)
         if isinstance(inference, JeffreysNPE):
             print(f"{name}, refined")
-            _score(inference.build_posterior(sample_with="refined"), observations)
+            refined = inference.build_posterior(sample_with="refined")
+            samples[f"{name}, refined"] = _score(refined, observations)
             figure, _ = plot_training(inference.summary)
             _save(figure, folder / "training.png")
     print(
         "C2ST is sbibm's: 0.5 is perfect, 1.0 the worst. One seed says little: "
         "README.md has the averages."
     )
-    _save(_corner(samples), folder / "posterior.png")
+    x_o, reference = observations[0]
+    figure = _crescents(task, x_o, reference, samples)
+    _save(figure, folder / "posterior.png")
 
 
 def _observations(task: Task) -> tuple[list[tuple[Tensor, Tensor]], str]:
@@ -109,40 +109,46 @@ def _score(
     return draws[0]
 
 
-def _corner(samples: dict[str, Tensor]) -> Figure:
-    """Plot the reference's contour below the samples of both methods."""
-    few = [draws[:2000] for draws in samples.values()]
-    pairplot(
-        few,
-        upper=["contour", "scatter", "scatter"],
-        diag="kde",
-        limits=[[-1.0, 1.0]] * 2,
-        labels=[r"$\theta_1$", r"$\theta_2$"],
-        figsize=(7, 7),
-        diag_kwargs=[
-            {"bw_method": 0.05, "bins": 400, "mpl_kwargs": {"color": color}}
-            for color in COLORS
-        ],
-        upper_kwargs=[
-            {
-                "bw_method": 0.05,
-                "bins": 400,
-                "levels": [0.95],
-                "mpl_kwargs": {"colors": [COLORS[0]]},
-            },
-            {"mpl_kwargs": {"color": COLORS[1], "s": 5, "alpha": 0.8}},
-            {"mpl_kwargs": {"color": COLORS[2], "s": 5, "alpha": 0.8}},
-        ],
+def _crescents(
+    task: Task, x_o: Tensor, reference: Tensor, samples: dict[str, Tensor]
+) -> Figure:
+    """Plot samples of every posterior over the region that the exact one is in.
+
+    The upper row shows all parameters of the prior, the lower one a crescent.
+    """
+    exact = task.reference_posterior(x_o)
+    level = exact.log_prob(reference).quantile(0.05).item()
+    crescent = reference[reference.sum(1) > 0]
+    ends = (
+        (-torch.ones(2), torch.ones(2)),
+        (crescent.amin(0) - 0.1, crescent.amax(0) + 0.1),
     )
-    figure = plt.gcf()
-    figure.legend(
-        handles=[
-            Line2D([], [], color=color, label=name)
-            for name, color in zip(samples, COLORS, strict=True)
-        ],
-        loc="lower left",
-        frameon=False,
+    figure, axes = plt.subplots(
+        2,
+        len(samples),
+        figsize=(9, 6.4),
+        sharex="row",
+        sharey="row",
+        layout="constrained",
     )
+    for row, (low, high) in zip(axes, ends, strict=True):
+        lines = [torch.linspace(low[d], high[d], 600) for d in range(2)]
+        log_prob = exact.log_prob(torch.cartesian_prod(*lines)).reshape(600, 600).T
+        for ax, draws in zip(row, samples.values(), strict=True):
+            ax.scatter(*draws[:2000].T, s=2, color=FLOW, linewidths=0)
+            ax.contour(
+                *lines,
+                log_prob.exp(),
+                levels=[math.exp(level)],
+                colors="black",
+                linewidths=0.8,
+            )
+            ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+            ax.locator_params(nbins=3)
+    for ax, name in zip(axes[0], samples, strict=True):
+        ax.set_title(name)
+    figure.supxlabel(r"$\theta_1$")
+    figure.supylabel(r"$\theta_2$")
     return figure
 
 

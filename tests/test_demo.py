@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.path import Path
 from sbi.inference import NPE
 
 from sbi_jeffreys import JeffreysNPE, NoTracker, energy_nn
@@ -54,6 +55,35 @@ def test_offline_the_demo_says_so_and_takes_the_closed_form(
         image = plt.imread(tmp_path / "plots" / name)
         assert image.shape[0] > 100
         assert image.std() > 0.01  # not blank
+
+
+def test_the_line_bounds_the_exact_posterior_and_every_posterior_has_its_panels():
+    task = TwoMoons()
+    x_o = torch.tensor([[-0.6, 0.1]])
+    exact = task.reference_posterior(x_o)
+    reference = exact.sample((3000,))
+    samples = {"a": exact.sample((2000,)), "b": 0.9 * exact.sample((2000,))}
+    figure = demo._crescents(task, x_o, reference, samples)
+    upper, lower = figure.axes[:2], figure.axes[2:]
+    assert [ax.get_title() for ax in upper] == ["a", "b"] and len(lower) == 2
+    inside = {}
+    for name, ax in zip(samples, upper, strict=True):
+        dots, line = ax.collections
+        np.testing.assert_allclose(dots.get_offsets(), samples[name], atol=1e-6)
+        (path,) = line.get_paths()
+        pieces = path.to_polygons()
+        assert len(pieces) == 2  # one around each crescent
+        found = sum(Path(piece).contains_points(samples[name]) for piece in pieces)
+        inside[name] = found.mean()
+    # 0.95 up to the error of 2,000 samples, of the quantile's and of the grid.
+    assert inside["a"] == pytest.approx(0.95, abs=0.02) and inside["b"] < 0.5
+    # Below is a whole crescent.
+    (low, high), (bottom, top) = lower[0].get_xlim(), lower[0].get_ylim()
+    one = reference[reference.sum(1) > 0]
+    assert (one[:, 0] > low).all() and (one[:, 0] < high).all()
+    assert (one[:, 1] > bottom).all() and (one[:, 1] < top).all()
+    assert (high - low) * (top - bottom) < 0.5
+    plt.close(figure)
 
 
 def test_plot_training_draws_the_summary():

@@ -93,6 +93,15 @@ def test_keywords_of_the_figure_are_added_to_those_of_a_training():
     assert type(fig.get_layout_engine()) is type(layout_engine("constrained"))
 
 
+@pytest.mark.parametrize("top", [-2.4, -1.8])
+def test_saved_pictures_of_a_training_are_whole(top, tmp_path):
+    summary = {name: list(np.linspace(top, -3.9, 300)) for name in summary_of(1)}
+    fig, axes = plot_training(summary)
+    fig.savefig(tmp_path / "training.png", dpi=150)
+    renderer = fig.canvas.get_renderer()
+    assert all(ax.get_tightbbox(renderer).x0 > 0 for ax in axes)
+
+
 def test_keywords_of_the_figure_are_added_to_those_of_densities(estimator, prior):
     posterior = RefinedPosterior(estimator, prior)
     options = {"limits": [[-3.0, 3.0]] * 3, "condition": torch.zeros(3)}
