@@ -28,6 +28,7 @@ from sbi.utils.sbiutils import ImproperEmpirical, get_simulations_since_round
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim.adam import Adam
+from torch.optim.optimizer import Optimizer
 
 from sbi_jeffreys.base_measure import event_shape, is_inside
 from sbi_jeffreys.estimator import JeffreysEstimator
@@ -80,7 +81,7 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
         "average": inference._average.state(),
         "base": _state_of_base(inference),
         "best": dict(inference._best),
-        "optimizer": None if optimizer is None else deepcopy(optimizer.state_dict()),
+        "optimizer": None if optimizer is None else copy_of_optimizer(optimizer),
         "weights": inference._weights.state_dict(),
         "summary": {
             name: list(values)
@@ -177,6 +178,21 @@ def copy_of_state(model: nn.Module) -> Dict[str, Tensor]:
 def copy_of_networks(estimator: JeffreysEstimator) -> Dict[str, Dict[str, Tensor]]:
     """Return copies of the states of flow and proxy."""
     return {name: copy_of_state(getattr(estimator, name)) for name in ("flow", "proxy")}
+
+
+def copy_of_optimizer(optimizer: Optimizer) -> Dict[str, Any]:
+    """Return a copy of the state of an optimizer, sooner than by `deepcopy`."""
+    state = optimizer.state_dict()
+    return {
+        "state": {
+            index: {name: value.clone() for name, value in moments.items()}
+            for index, moments in state["state"].items()
+        },
+        "param_groups": [
+            {**group, "params": list(group["params"])}
+            for group in state["param_groups"]
+        ],
+    }
 
 
 def load_networks(
