@@ -9,7 +9,7 @@ thousand. The names that a reader has from before are given: `prior`, `simulator
 Of commands, in blocks and in the text, a few of `python -m tasks` are run: `simulate`,
 the `run` of tasks/README.md with fewer simulations and three epochs, and the `report`
 of the committed rows. All others are parsed only: those of `python -m tasks` by their
-own parser, of other modules the names of the options, of `make` the targets, of `pip`
+own parser, of other programs the names of the options, of `make` the targets, of `pip`
 the extras; and files of tasks/ and tests/ that they name are there.
 """
 
@@ -156,13 +156,16 @@ def mentioned_commands():
     return found
 
 
-def check_options(module, arguments, monkeypatch, capsys):
-    """Raise unless a module has a help that names all options of the arguments."""
+def check_options(program, arguments, monkeypatch, capsys):
+    """Raise unless a module or script has a help that names all of the options."""
     options = [word for word in arguments if word.startswith("--")]
-    subcommand = arguments[:1] if module == "tasks" else []
-    monkeypatch.setattr(sys, "argv", [module, *subcommand, "--help"])
+    subcommand = arguments[:1] if program == "tasks" else []
+    monkeypatch.setattr(sys, "argv", [program, *subcommand, "--help"])
     with pytest.raises(SystemExit) as end:
-        runpy.run_module(module, run_name="__main__")
+        if program.endswith(".py"):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__")
     assert not end.value.code
     usage = capsys.readouterr().out
     for option in options:
@@ -199,6 +202,8 @@ def test_command_is_one(command, monkeypatch, capsys):
         else:
             known = [word for word in arguments if word != "COMMAND"]
             check_options(module, known, monkeypatch, capsys)
+    elif words[0] == "python" and words[1].endswith(".py"):
+        check_options(words[1], words[2:], monkeypatch, capsys)
     elif words[0] == "dask":
         command_line = importlib.import_module(f"distributed.cli.dask_{words[1]}").main
         known = {option for given in command_line.params for option in given.opts}
