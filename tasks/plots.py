@@ -26,6 +26,8 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 _STYLES = {
     "jeffreys": (VERMILLION, "o", "-"),
     "jeffreys_refined": (VERMILLION, "s", "--"),
+    "jeffreys_fast": (VERMILLION, "X", "-"),
+    "jeffreys_fast_refined": (VERMILLION, "P", "--"),
     "jeffreys_pooled": (BLACK, "P", "-"),
     "jeffreys_pooled_refined": (BLACK, "X", "--"),
     "jeffreys_fixed": (VERMILLION, "^", ":"),
@@ -37,6 +39,8 @@ _STYLES = {
     "npse": (GREEN, "h", "--"),
     "nle": (ORANGE, "d", "-"),
     "nre": (PURPLE, "*", "-"),
+    "sjeffreys": (SKY, "o", "-."),
+    "sjeffreys_refined": (SKY, "s", ":"),
     "snpe": (SKY, "8", "-"),
     "snle": (ORANGE, "d", "--"),
     "snre": (PURPLE, "*", "--"),
