@@ -334,7 +334,7 @@ def test_the_best_networks_are_returned():
     # Overfitting on purpose: in no stage is the best epoch the last.
     estimator = train(
         inference,
-        num=100,
+        num=60,
         max_num_epochs=160,
         learning_rate=3e-2,
         stop_after_epochs=1000,
@@ -350,7 +350,7 @@ def test_the_best_networks_are_returned():
     assert 120 <= epoch < 160
     assert best < losses[-1] - 0.02
     assert inference.summary["best_validation_loss"] == [best]
-    theta, x = simulate(100)
+    theta, x = simulate(60)
     index = inference.val_indices
     with torch.no_grad():
         assert estimator.loss(theta[index], x[index]).mean().item() == pytest.approx(
