@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m tasks demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
