@@ -15,9 +15,6 @@ PATHS = pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|Users|work|tmp|var|opt|usr)/\w")
 
 
-NUM_EPOCHS = 30
-
-
 def code_cells(path):
     notebook = nbformat.read(path, as_version=4)
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -90,6 +87,7 @@ def test_clean_removes_what_depends_on_the_machine():
     assert set(image.data) == {"image/png"}
 
 
+NUM_EPOCHS = 30
 # The committed outputs are those of whole trainings; CI has not the time for them.
 SHORT_TRAININGS = f"""
 from sbi.inference.trainers.npe.npe_base import PosteriorEstimatorTrainer
