@@ -237,8 +237,17 @@ class Sequential(SingleRound):
         self.rounds = rounds
 
     def settings(self, name: str) -> dict[str, Any]:
-        """Return those of the trainer with the number of rounds."""
-        return {**super().settings(name), "rounds": self.rounds}
+        """Return those of the trainer, the rounds, and the posterior they draw from."""
+        return {
+            **super().settings(name),
+            "rounds": self.rounds,
+            "proposal": self._proposal,
+        }
+
+    @property
+    def _proposal(self) -> str:
+        """Return the name of the posterior from which the next round is drawn."""
+        return self.names[-1]
 
     def fit(self, problem: Problem) -> Fit:
         """Train in rounds, each on all simulations so far."""
@@ -246,7 +255,6 @@ class Sequential(SingleRound):
             raise InputError(
                 f"{', '.join(self.names)} is trained for one observation; none given."
             )
-        *_, arguments = self.posteriors.values()
         budget = len(problem.theta)
         if budget < self.rounds:
             raise InputError(
@@ -273,6 +281,7 @@ class Sequential(SingleRound):
                 trainer.append_simulations(theta, x, from_round=round_)
             trainer.train(**problem.train)
             if round_ < self.rounds - 1:
+                arguments = self.posteriors[self._proposal]
                 posterior = trainer.build_posterior(**arguments)
                 posterior.set_default_x(problem.x_o)
         return self._fit(trainer)

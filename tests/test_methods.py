@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from fake_method import need_published_data
-from sbi.inference import NLE, NPE, NRE
+from sbi.inference import NLE, NPE, NRE, ImportanceSamplingPosterior
 from sbi.inference.posteriors.posterior_parameters import MCMCPosteriorParameters
 
 from tasks import get_task
@@ -136,6 +136,15 @@ def test_sequential_spends_the_budget_and_starts_from_the_shared_simulations(
     assert fit.epochs == sum(made.summary["epochs_trained"])
     assert len(made.summary["epochs_trained"]) == 3
     assert method.settings("s")["rounds"] == 3
+
+
+def test_sequential_draws_the_next_round_from_the_last_posterior(problem, trainers):
+    method = Sequential(NPE, {"s": {}, "t": {"sample_with": "importance"}}, rounds=2)
+    x_o = problem.task.observation(2)
+    method.fit(Problem(problem.task, problem.theta, problem.x, 7, problem.train, x_o))
+    (made,) = trainers
+    assert isinstance(made._proposal_roundwise[1], ImportanceSamplingPosterior)
+    assert {method.settings(name)["proposal"] for name in "st"} == {"t"}
 
 
 def test_sequential_needs_an_observation_and_enough_simulations(problem):
