@@ -185,8 +185,9 @@ class RefinedPosterior(NeuralPosterior):
         estimator: What `JeffreysNPE.train` returned.
         prior: The prior; samples outside its support are left out.
         exponent: The exponent $\beta$; that of the estimator if not given.
-        oversampling_factor: Number of samples drawn from the flow for each one kept;
-            `min_num_candidates` in all at least.
+        oversampling_factor: Number of samples drawn from the flow for each one kept,
+            and half as many where the first half is already worth as many independent
+            samples as are asked for; `min_num_candidates` in all at least.
         num_moves: Number of Metropolis moves of every sample where resampling repeats
             samples; 0 for none.
         max_sampling_batch_size: Number of samples of the flow drawn at a time.
@@ -398,14 +399,13 @@ class RefinedPosterior(NeuralPosterior):
         num_candidates = max(
             num_samples * self.oversampling_factor, self.min_num_candidates
         )
-        theta, log_weights = self._propose(num_candidates, x)
+        theta, log_weights, ess = self._candidates(num_samples, num_candidates, x)
         if torch.isneginf(log_weights).all(0).any():
             raise RuntimeError(
                 "All samples of the flow lie outside the prior's support at this "
                 "observation: it is far from what was simulated. Check it against the "
                 "prior predictive distribution, or use sample_with='mcmc'."
             )
-        ess = from_log_weights(log_weights).effective_sample_size
         if (ess < self.min_relative_ess * len(theta)).any():
             warnings.warn(
                 f"The importance weights have collapsed: {len(theta)} samples of the "
@@ -423,6 +423,24 @@ class RefinedPosterior(NeuralPosterior):
                 lambda points: self._log_density(points, x), samples, self.num_moves
             )
         return samples.reshape(*sample_shape, len(x), *theta.shape[2:])
+
+    def _candidates(
+        self, num_samples: int, num_candidates: int, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return samples of the flow, their log weights and effective sample sizes.
+
+        The second half is drawn only if the first is worth fewer than `num_samples`.
+        """
+        # Few candidates are all drawn: their effective sample size says little.
+        first = min(num_candidates, max(num_candidates // 2, self.min_num_candidates))
+        theta, log_weights = self._propose(first, x)
+        ess = from_log_weights(log_weights).effective_sample_size
+        if first < num_candidates and (ess < num_samples).any():
+            more = self._propose(num_candidates - first, x)
+            theta = torch.cat((theta, more[0]))
+            log_weights = torch.cat((log_weights, more[1]))
+            ess = from_log_weights(log_weights).effective_sample_size
+        return theta, log_weights, ess
 
     @torch.no_grad()
     def _log_density(self, theta: Tensor, x: Tensor) -> Tensor:

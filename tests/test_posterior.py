@@ -23,6 +23,7 @@ from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import JeffreysEstimator, RefinedPosterior, energy_nn
 from sbi_jeffreys.posterior import systematic_resampling
+from sbi_jeffreys.refinement import sample_with_log_ratio
 
 WIDE = MultivariateNormal(torch.zeros(2), 100 * torch.eye(2))
 X = torch.tensor([[-1.0], [0.5], [2.0]])
@@ -88,6 +89,32 @@ def test_shapes(shape):
     assert posterior.sample(shape, x=X[0]).shape == (*shape, 2)
     assert posterior.sample(shape, x=X[:1]).shape == (*shape, 2)
     assert posterior.sample_batched(torch.Size(shape), X).shape == (*shape, 3, 2)
+
+
+def test_no_more_of_the_flow_is_sampled_than_its_weights_need(monkeypatch):
+    drawn = []
+
+    def count(flow, proxy, num_samples, x):
+        drawn.append(num_samples)
+        return sample_with_log_ratio(flow, proxy, num_samples, x)
+
+    monkeypatch.setattr("sbi_jeffreys.posterior.sample_with_log_ratio", count)
+
+    def num_drawn(exponent, num_samples, x=X[:1]):
+        drawn.clear()
+        posterior = RefinedPosterior(gaussian_estimator(), WIDE, exponent)
+        posterior.sample_batched((num_samples,), x)
+        return sum(drawn)
+
+    # Equal weights: half of the four for each sample is more than enough.
+    assert num_drawn(0.0, 1000) == 2000
+    # A share of the weights is worth less than half.
+    share = RefinedPosterior(gaussian_estimator(), WIDE, 1.0).effective_sample_size(X)
+    assert (share < 5000).any()
+    assert num_drawn(1.0, 1000, X) == 4000
+    # A few candidates are no ground for saying what they are worth.
+    least = RefinedPosterior.min_num_candidates
+    assert num_drawn(0.0, 1) == num_drawn(0.0, 30) == least
 
 
 def test_every_observation_has_its_own_samples():
