@@ -252,6 +252,24 @@ def test_the_readme_says_what_the_rows_say(c2st, with_surrogates, training_ratio
         assert (by_task["jeffreys_refined"] < by_task[peer]).all()
 
 
+def test_the_page_on_rounds_says_what_the_rows_say():
+    rows = pd.read_csv(REPORTS / "sequential_1000/results.csv")
+    table = rows.pivot_table(
+        index=["task", "seed"],
+        columns="method",
+        values=["c2st", "training_seconds"],
+    )
+    page = " ".join((ROOT / "docs/how_to/rounds.md").read_text().split())
+    assert "With every seed, on both tasks, ours was better than `snpe`" in page
+    c2st = table["c2st"]
+    assert c2st.shape == (6, 3)  # two tasks, three seeds
+    assert (c2st["sjeffreys"] < c2st["snpe"]).all()
+    assert (c2st["sjeffreys_refined"] < c2st["snpe"]).all()
+    assert "trainings of `sjeffreys` took five times as long" in page
+    seconds = table["training_seconds"].mean()
+    assert round(seconds["sjeffreys"] / seconds["snpe"]) == 5
+
+
 def test_the_readme_has_figures_of_the_report():
     numbers: dict[str, set[str]] = {}
     for path in (ROOT / "tasks/reports").glob("*/c2st.csv"):
