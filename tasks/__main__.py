@@ -60,6 +60,7 @@ def _execute(sweep, options: argparse.Namespace) -> int:
             dask=options.dask,
             retry_failed=options.retry_failed,
             threads=options.threads,
+            scoring_device=options.scoring_device,
         )
     except KeyboardInterrupt:
         print(
@@ -194,8 +195,16 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=int, default=1, help="torch threads of a process (default 1)"
     )
 
+    score = argparse.ArgumentParser(add_help=False)
+    score.add_argument(
+        "--scoring-device",
+        default="cpu",
+        metavar="DEVICE",
+        help="where the classifiers of C2ST are trained, such as cuda (default cpu)",
+    )
+
     run = commands.add_parser(
-        "run", parents=[where, work], help="one task, budget and seed"
+        "run", parents=[where, work, score], help="one task, budget and seed"
     )
     run.add_argument("--task", required=True, help="such as two_moons")
     run.add_argument(
@@ -218,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     sweep = commands.add_parser(
-        "sweep", parents=[where, work], help="the grid of a TOML file"
+        "sweep", parents=[where, work, score], help="the grid of a TOML file"
     )
     sweep.add_argument("file", type=Path, metavar="FILE.toml")
     sweep.add_argument(

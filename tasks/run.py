@@ -65,6 +65,7 @@ class Unit:
         train: Arguments of the trainer's `train`.
         metrics: Which metrics to score; those left out are missing in the rows.
         threads: Number of threads of torch.
+        scoring_device: Where the classifiers of C2ST are trained.
     """
 
     task: str
@@ -76,6 +77,7 @@ class Unit:
     train: Mapping[str, Any] = field(default_factory=dict)
     metrics: tuple[str, ...] = METRICS
     threads: int = 1
+    scoring_device: str = "cpu"
 
     @property
     def keys(self) -> list[Key]:
@@ -278,9 +280,11 @@ class _Run:
             return []
         start = time.perf_counter()
         wanted = set(self.unit.metrics)
+        device = self.unit.scoring_device
         joint = torch.full((len(samples),), torch.nan)
         if "c2st" in wanted:
-            joint = metrics.c2st_many([(s.reference, s.samples) for s in samples])
+            pairs = [(s.reference, s.samples) for s in samples]
+            joint = metrics.c2st_many(pairs, device=device)
         marginal = torch.full((len(samples), task.dim_parameters), torch.nan)
         if wanted & {"marginal_c2st_mean", "marginal_c2st_max"}:
             columns = [
@@ -288,7 +292,8 @@ class _Run:
                 for s in samples
                 for i in range(task.dim_parameters)
             ]
-            marginal = metrics.c2st_many(columns).reshape(marginal.shape)
+            accuracies = metrics.c2st_many(columns, device=device)
+            marginal = accuracies.reshape(marginal.shape)
         seconds = (time.perf_counter() - start) / len(samples)
         return [
             _Accuracies(float(accuracy), of_parameters, seconds)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from tasks import TASKS, get_task
@@ -129,7 +130,12 @@ class Sweep:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
-    def units(self, done: Iterable[Key] = (), threads: int = 1) -> list[Unit]:
+    def units(
+        self,
+        done: Iterable[Key] = (),
+        threads: int = 1,
+        scoring_device: str = "cpu",
+    ) -> list[Unit]:
         """Return the work that is left.
 
         Rows that one training can give are in one unit. The cheapest budgets and the
@@ -138,6 +144,7 @@ class Sweep:
         Args:
             done: Keys of the rows that are there already.
             threads: Number of threads of torch in a unit.
+            scoring_device: Where the classifiers of C2ST are trained.
         """
         done = set(done)
         methods: dict[int, tuple[Method, list[str]]] = {}
@@ -171,6 +178,7 @@ class Sweep:
                     train=self.train,
                     metrics=self.metrics,
                     threads=threads,
+                    scoring_device=scoring_device,
                 )
                 for group in together
                 if group
@@ -200,6 +208,7 @@ def run_sweep(
     dask: str | None = None,
     retry_failed: bool = False,
     threads: int = 1,
+    scoring_device: str = "cpu",
     progress: bool = True,
 ) -> Summary:
     """Make the rows of a sweep that are not there yet.
@@ -214,16 +223,21 @@ def run_sweep(
         dask: Address of a Dask scheduler whose workers are used instead.
         retry_failed: Whether to make rows that record an error again.
         threads: Number of threads of torch in each process.
+        scoring_device: Where the classifiers of C2ST are trained. They are most of
+            the work in ten dimensions.
         progress: Whether to show a progress bar.
 
     Returns:
         How many rows were found, finished and failed.
 
     Raises:
-        InputError: If the folder holds rows of this sweep made with other settings.
+        InputError: If the folder holds rows of this sweep made with other settings,
+            or there is no such device.
     """
     if threads < 1:
         raise InputError(f"--threads must be at least 1, got {threads}.")
+    if dask is None:  # whose workers may have devices that this machine has not
+        _check_device(scoring_device)
     with executor(jobs, dask) as calls:
         there = {key_of(row): row for row in read_rows(results)}
         wanted = sweep.units(threads=threads)
@@ -234,7 +248,7 @@ def run_sweep(
             for key in unit.keys
             if key in there and not (retry_failed and there[key]["status"] == "failed")
         ]
-        units = sweep.units(done=found, threads=threads)
+        units = sweep.units(found, threads, scoring_device)
         # Fetch the reference data once, not in every worker at once, and stop here if
         # they cannot be had.
         for task in dict.fromkeys(unit.task for unit in units):
@@ -312,6 +326,17 @@ def _check_settings(units: list[Unit], there: dict[Key, Row], results: Path) -> 
                 f"(there, wanted): {changed}. Give another folder with --results, or "
                 "remove those rows."
             )
+
+
+def _check_device(device: str) -> None:
+    """Raise an InputError unless torch can put a tensor on `device`."""
+    try:
+        torch.zeros(1, device=device)
+    # A torch without CUDA asserts that it has it.
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"--scoring-device {device}: torch has no such device here ({error})."
+        ) from error
 
 
 def _check_list(name: str, values: Any) -> None:

@@ -121,6 +121,6 @@ def need_published_data() -> None:
         pytest.skip(f"needs the published data, which need a network once: {error}")
 
 
-def mean_distances(pairs):
+def mean_distances(pairs, device="cpu"):
     """Stand in for `metrics.c2st_many` where any number will do: trains nothing."""
     return torch.stack([(x - y).abs().mean() for x, y in pairs])

@@ -265,6 +265,10 @@ def test_command_line_says_what_is_wrong(fake, tmp_path, capsys):
             ["--task=two_moons", "--method=fake", "--jobs=2", "--dask=tcp://x:1"],
             "exclude each other",
         ),
+        (
+            ["--task=two_moons", "--method=fake", "--scoring-device=cuda:99"],
+            "--scoring-device cuda:99: torch has no such device here",
+        ),
     ]:
         assert main([*run, *arguments]) == 2
         error = capsys.readouterr().err
@@ -275,6 +279,26 @@ def test_command_line_says_what_is_wrong(fake, tmp_path, capsys):
     assert "1 rows added" in capsys.readouterr().out
     assert main(["sweep", str(tmp_path / "no.toml")]) == 2
     assert "no sweep file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [([], "cpu"), (["--scoring-device", "cpu:0"], "cpu:0")]
+)
+def test_classifiers_are_trained_where_asked(
+    arguments, expected, fake, tmp_path, monkeypatch
+):
+    seen = []
+
+    def classify(pairs, device):
+        seen.append(device)
+        return torch.full((len(pairs),), 0.5)
+
+    monkeypatch.setattr("sbi_jeffreys.metrics.c2st_many", classify)
+    run = ["run", "--task=two_moons", "--method=fake", "--budget=20"]
+    run += ["--num-samples=30", f"--results={tmp_path}", "--observations=1"]
+    assert main([*run, *arguments]) == 0
+    # All pairs, then all parameters.
+    assert seen == [expected, expected]
 
 
 def test_dask_that_is_not_installed_is_said(monkeypatch):
