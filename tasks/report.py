@@ -20,6 +20,7 @@ seeds.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportReturnType=false
 
 import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from tasks import TASKS, plots
 from tasks.errors import InputError
 from tasks.methods import METHODS
 from tasks.results import COSTS, METRICS, load, write_whole
+from tasks.sweep import NUM_REFERENCE_SAMPLES
 
 CELL = ["task", "budget", "method"]
 _PUBLISHED = Path(__file__).parent / "published" / "c2st.csv"
@@ -61,9 +63,13 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         One line per task, budget, method and quantity with the columns `mean` (over
         seeds, of the mean over observations), `std_seeds`, `std_observations`, `rows`
         (that have the quantity), `failed`, `expected` (distinct seeds and observations
-        that any method has for this task and budget), and `best`: whether the mean of
-        C2ST is the least among the methods that have all the expected rows.
+        that any method has for this task and budget), `num_samples` (of a posterior;
+        the least where rows differ), and `best`: whether the mean of C2ST is the least
+        among the methods that have all the expected rows.
     """
+    rows = rows.assign(
+        num_samples=[json.loads(text)["num_samples"] for text in rows["settings"]]
+    )
     expected = (
         rows
         .groupby(["task", "budget"])[["seed", "observation"]]
@@ -87,6 +93,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
                 "std_observations": by_observation.std(ddof=1),
                 "rows": int(values.notna().to_numpy().sum()),
                 "failed": failed,
+                "num_samples": group["num_samples"].min(),
             })
     summary = pd.DataFrame(cells).join(expected, on=["task", "budget"])
     eligible = (summary["quantity"] == "c2st") & (
@@ -302,6 +309,12 @@ def _markdown(
         "comparable. Published figures, in italics, are copied from their sources "
         "(tasks/published/README.md), with the standard deviation over observations.",
     ]
+    if comparison.apply(_has_few_samples, axis=1).any():
+        parts.append(
+            f"‡ marks C2ST of fewer samples than the {NUM_REFERENCE_SAMPLES:,} of the "
+            "published figures (`num_samples` in c2st.csv). A classifier that sees "
+            "fewer tells them apart less well: compare such cells with each other."
+        )
     for budget in sorted(comparison["budget"].unique()):
         parts += [
             f"## C2ST at {budget:,} simulations",
@@ -381,7 +394,14 @@ def _cell(line: pd.Series) -> str:
         text = f"**{text}**"
     if line["source"] == "measured" and line["rows"] < line["expected"]:
         text += f" † {line['rows']:.0f}/{line['expected']:.0f}"
+    if _has_few_samples(line):
+        text += " ‡"
     return text
+
+
+def _has_few_samples(line: pd.Series) -> bool:
+    """Return whether a cell was measured with fewer samples than published ones."""
+    return line["source"] == "measured" and line["num_samples"] < NUM_REFERENCE_SAMPLES
 
 
 def _pairs_table(pairs: pd.DataFrame) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+import numpy as np
 import pandas as pd
 
 from tasks.errors import InputError
@@ -42,7 +43,7 @@ COSTS = (
     "peak_memory_mb",
     "threads",
 )
-VERSIONS = ("version_sbi_jeffreys", "version_sbi", "version_torch")
+VERSIONS = ("version_sbi_jeffreys", "version_sbi", "version_torch", "commit")
 ERRORS = ("error_type", "error_message", "traceback")
 
 
@@ -194,6 +195,8 @@ def _load_one(source: Path) -> pd.DataFrame:
         )
     elif source.is_file():
         table = pd.read_csv(source, keep_default_na=True)
+        # Rows made before there was the column do not say what made them.
+        table = table.assign(commit=table.get("commit", np.nan))
         missing = set(COLUMNS) - set(table.columns)
         if missing:
             raise InputError(

@@ -11,6 +11,7 @@ import hashlib
 import io
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +360,7 @@ def _row(unit: Unit, key: Key, **columns: Any) -> Row:
         version_sbi_jeffreys=sbi_jeffreys.__version__,
         version_sbi=sbi.__version__,
         version_torch=torch.__version__,
+        commit=_commit(),
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         settings=unit.settings(key.method),
         warnings=[],
@@ -365,6 +368,22 @@ def _row(unit: Unit, key: Key, **columns: Any) -> Row:
     )
     row.update(columns)
     return row
+
+
+@lru_cache(maxsize=1)
+def _commit() -> str:
+    """Return the commit of the clone that this file is in; empty if it is in none.
+
+    It ends in "-dirty" where files differ from the commit.
+    """
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except OSError:  # no git
+        return ""
+    return result.stdout.strip()
 
 
 def _error_columns(error: Exception) -> dict[str, str]:

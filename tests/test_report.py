@@ -123,7 +123,11 @@ def test_mean_and_spread_are_those_of_the_definition(results):
 def test_summary_agrees_with_pandas_on_random_rows():
     generator = np.random.default_rng(3)
     rows = pd.DataFrame([
-        row("slcp", method, budget, seed, observation, generator.uniform(0.5, 1.0))
+        row(
+            *("slcp", method, budget, seed, observation),
+            generator.uniform(0.5, 1.0),
+            settings='{"num_samples": 10000}',  # text, as `load` gives it
+        )
         for method in ("jeffreys", "fmpe")
         for budget in (1000, 10_000)
         for seed in range(4)
@@ -270,6 +274,31 @@ def test_report_shows_what_there_is(results, capsys):
     c2st = pd.read_csv(out / "c2st.csv")
     assert set(c2st["source"]) == {"measured", "lueckmann2021"}
     assert len(c2st) == 6 + 2 * 8
+
+
+def test_fewer_samples_than_published_are_marked(results, tmp_path):
+    few = {"num_samples": 2000}
+    write_row(results, row("slcp", "npe_nsf", 1000, 1, 1, 0.9, settings=few))
+    main(["report", str(results), "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out/report.md").read_text()
+    assert re.findall(r"\| ([^|]*) ‡ \|", text) == ["**0.900 ± – (–)**"]
+    assert text.count("‡") == 2  # the cell, and what it means
+    table = pd.read_csv(tmp_path / "out/c2st.csv").set_index(["task", "method"])
+    assert table.loc[("slcp", "npe_nsf"), "num_samples"] == 2000
+    assert (
+        table.loc["two_moons"].query("source == 'measured'").num_samples == 1e4
+    ).all()
+
+
+def test_tables_without_the_commit_are_read(results, tmp_path):
+    table = load(results)
+    old = tmp_path / "old.csv"
+    table.drop(columns="commit").to_csv(old, index=False)
+    assert load(old)["commit"].isna().all()
+    assert list(load(old).columns) == list(table.columns)
+    table.drop(columns=["commit", "epochs"]).to_csv(old, index=False)
+    with pytest.raises(InputError, match="epochs"):
+        load(old)
 
 
 def test_report_of_a_table_is_that_of_its_folder(results, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import resource
 import signal
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -124,6 +125,16 @@ def test_row_has_the_figures_that_plain_sbi_gives():
     }
     for cost in ("simulation", "training", "sampling", "scoring"):
         assert row[f"{cost}_seconds"] > 0
+
+
+def test_rows_say_which_commit_made_them(fake):
+    root = Path(__file__).parents[1]
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    head = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if head.returncode:
+        pytest.skip("this copy of the repository is no clone")
+    (row,) = run_unit(unit(fake, ("fake", 1)))
+    assert row["commit"].removesuffix("-dirty") == head.stdout.strip()
 
 
 def test_posteriors_of_one_training_share_it(fake, tmp_path, capsys):
