@@ -6,8 +6,6 @@ therefore has its normal score, $\Phi^{-1}$ of its empirical distribution functi
 monotone function of an output loses nothing, and neither depends on its units.
 """
 
-from typing import Tuple
-
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -83,25 +81,12 @@ class Features(nn.Module):
         """
         return self._normal(self._standard(_finite_or_nan(x)).nan_to_num(nan=0.0))
 
-    def from_normal_scores(self, scores: Tensor) -> Tensor:
-        """Return the values of the continuous outputs that have these normal scores.
-
-        Args:
-            scores: Of shape `(batch_dim, num_continuous)`.
-
-        Returns:
-            Of the same shape, within the range of the values that were fitted to.
-        """
-        y = scores.T.contiguous()
-        y0, y1, x0, x1 = _segments(y, self.scores, self.knots)
-        width = (y1 - y0).clamp_min(torch.finfo(y.dtype).tiny)
-        share = ((y - y0) / width).clamp(0.0, 1.0)
-        standard = (x0 + share * (x1 - x0)).T
-        return standard * self.scale[self.continuous] + self.mean[self.continuous]
-
     def _normal(self, standard: Tensor) -> Tensor:
         values = standard[:, self.continuous].T.contiguous()
-        x0, x1, y0, y1 = _segments(values, self.knots, self.scores)
+        right = torch.searchsorted(self.knots, values).clamp(1, NUM_KNOTS - 1)
+        left = right - 1
+        x0, x1 = self.knots.gather(1, left), self.knots.gather(1, right)
+        y0, y1 = self.scores.gather(1, left), self.scores.gather(1, right)
         # Neighbouring knots coincide at the ends only, where outputs are tied.
         width = (x1 - x0).clamp_min(torch.finfo(values.dtype).tiny)
         normal = y0 + (values - x0) * ((y1 - y0) / width)
@@ -110,20 +95,6 @@ class Features(nn.Module):
 
     def _standard(self, flat: Tensor) -> Tensor:
         return (flat - self.mean) / self.scale
-
-
-def _segments(
-    values: Tensor, knots: Tensor, scores: Tensor
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the knots on either side of values, and the scores that go with them."""
-    right = torch.searchsorted(knots, values).clamp(1, NUM_KNOTS - 1)
-    left = right - 1
-    return (
-        knots.gather(1, left),
-        knots.gather(1, right),
-        scores.gather(1, left),
-        scores.gather(1, right),
-    )
 
 
 def num_values(x: Tensor) -> Tensor:

@@ -118,20 +118,6 @@ class SurrogateLikelihoods(nn.Module):
         y, categories = self.outputs(x)
         return -self.members[index](z[None], y, categories)[0]
 
-    @torch.no_grad()
-    def sample(self, theta: Tensor) -> Tensor:
-        r"""Draw simulation outputs $x \sim \ell_1(x \mid \theta)$, as a simulator does.
-
-        Args:
-            theta: Parameters of shape `(batch_dim, num_parameters)`.
-
-        Returns:
-            Of shape `(batch_dim, num_outputs)`, within the range of the simulations.
-        """
-        z = _saturate(self.coordinates.standardize(theta))
-        first = cast(IndependentLikelihood, self.members[0])
-        return self.outputs.inverse(*first.sample(z))
-
 
 class Outputs(nn.Module):
     """Simulation outputs as a likelihood sees them: scores and categories.
@@ -146,8 +132,6 @@ class Outputs(nn.Module):
     """
 
     spacing: Tensor
-    lowest: Tensor
-    highest: Tensor
     discrete: Tensor
     values: Tensor
 
@@ -161,11 +145,6 @@ class Outputs(nn.Module):
         for column in continuous.nonzero().flatten().tolist():
             spacing[column] = _lattice_spacing(x[:, column].float())
         self.register_buffer("spacing", spacing)
-        known = x.float().nan_to_num(torch.nan, torch.nan, torch.nan)
-        lowest = known.nan_to_num(torch.inf).amin(0).nan_to_num(posinf=0.0)
-        highest = known.nan_to_num(-torch.inf).amax(0).nan_to_num(neginf=0.0)
-        self.register_buffer("lowest", lowest)
-        self.register_buffer("highest", highest)
         counts = num_values(x)[~continuous].tolist()
         values = torch.full((len(counts), max(counts, default=1) or 1), torch.inf)
         for row, column in enumerate(self.discrete.tolist()):
@@ -191,24 +170,6 @@ class Outputs(nn.Module):
         if self.training:
             x = x + self.spacing * (torch.rand_like(x, dtype=torch.float32) - 0.5)
         return self.features.normal_scores(x), categories
-
-    def inverse(self, scores: Tensor, categories: Tensor) -> Tensor:
-        """Return outputs that have these scores and categories.
-
-        Args:
-            scores: Normal scores of shape `(batch_dim, num_continuous)`.
-            categories: Categories of shape `(batch_dim, num_discrete)`.
-
-        Returns:
-            Of shape `(batch_dim, num_outputs)`.
-        """
-        x = scores.new_empty(len(scores), len(self.spacing))
-        x[:, self.features.continuous] = self.features.from_normal_scores(scores)
-        x[:, self.discrete] = self.values.gather(1, categories.T).T
-        step = torch.where(self.spacing > 0, self.spacing, 1.0)
-        on_lattice = self.lowest + step * ((x - self.lowest) / step).round()
-        x = torch.where(self.spacing > 0, on_lattice, x)
-        return x.clamp(self.lowest, self.highest)
 
 
 class IndependentLikelihood(nn.Module):
@@ -274,28 +235,6 @@ class IndependentLikelihood(nn.Module):
         if categories.shape[1]:
             log_likelihood = log_likelihood + self._of_categories(hidden, categories)
         return log_likelihood
-
-    def sample(self, z: Tensor) -> Tuple[Tensor, Tensor]:
-        """Draw scores and categories of the outputs.
-
-        Args:
-            z: Standardised parameters of shape `(batch_dim, num_parameters)`.
-
-        Returns:
-            Of shapes `(batch_dim, num_scores)` and `(batch_dim, num_discrete)`.
-        """
-        features = self.features(z)
-        hidden = self.hidden(features)
-        y = hidden.new_empty(len(z), 0)
-        categories = torch.empty_like(y, dtype=torch.long)
-        if self.coordinates is not None:
-            u = self._student(features, hidden).sample()
-            # `u` is whitened but holds the regression, whose features have no place.
-            y = u @ self.coordinates.cholesky.T + self.coordinates.bias
-            y = y * self.coordinates.scale + self.coordinates.mean
-        if hasattr(self, "logits"):
-            categories = self._categorical(hidden).sample()
-        return y, categories
 
     def _of_scores(self, features: Tensor, hidden: Tensor, y: Tensor) -> Tensor:
         coordinates = cast(ResidualCoordinates, self.coordinates)

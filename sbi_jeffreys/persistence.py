@@ -44,7 +44,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 FORMAT = "sbi_jeffreys.JeffreysNPE"
 #: Increased whenever a file of before can no longer be read.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 # Parameters at which the prior of the file and that of the user are compared.
 NUM_PRIOR_CHECKS = 8
@@ -99,7 +99,6 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
             name: dict(vars(samples))
             for name, samples in inference._proxy_samples.items()
         },
-        "synthetic_x": inference._synthetic_x,
         "random_state": random_state(inference._device),
     }
 
@@ -139,7 +138,6 @@ def restore_samples(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
         name: ProxySamples(**_to(inference._device, samples))
         for name, samples in state["proxy_samples"].items()
     }
-    inference._synthetic_x = _to(inference._device, state["synthetic_x"])
 
 
 def _state_of_base(inference: "JeffreysNPE") -> Dict[str, Any]:

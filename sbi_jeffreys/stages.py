@@ -19,8 +19,7 @@ class Stage(Enum):
       At its end the proxy's factors are weighed, see `sbi_jeffreys.pooled_energy`.
     - `DISTILLATION`: $\lambda_1 \mathrm{KL}(\pi \Vert p) + \lambda_2 \beta \tau \,
       [\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)]$ over the flow. Where the proxy
-      has surrogates of the likelihood, the first term has the weight $1 - \beta \tau$,
-      and the last one is lowered also at synthetic conditions that one makes up.
+      has surrogates of the likelihood, the first term has the weight $1 - \beta \tau$.
 
     The preset `"fast"` ends with the proxy.
 

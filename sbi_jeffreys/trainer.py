@@ -103,19 +103,11 @@ DISTILLATION_MULTIPLE = 2
 NUM_PROXY_SAMPLES = 16
 NUM_PROXY_SAMPLES_PER_STEP = 2
 # A proxy with surrogates of the likelihood is sharper than the flow that proposes its
-# samples. These are moved, and drawn again sooner; at more conditions, fewer will do.
-POOLED_DISTILLATION_EPOCHS = 15
+# samples: they are moved, and fewer of them.
 NUM_POOLED_PROXY_SAMPLES = 8
 NUM_MOVES = 8
 NUM_VALIDATION_PROXY_SAMPLES = 16
-# The flow also learns its samples at conditions that a surrogate of the likelihood
-# makes up, so many for every simulation, until it has as many in all as
-# are enough.
-MAX_SYNTHETIC_MULTIPLE = 4
-NUM_CONDITIONS = 5_000
-# Epochs in which it does, and those of the surrogates: either would go on to improve,
-# ever more slowly.
-MAX_SYNTHETIC_EPOCHS = 30
+# Epochs in which the surrogates learn: they would go on to improve, ever more slowly.
 MAX_LIKELIHOOD_EPOCHS = 200
 # The flow takes its step of the reverse divergence, with an inversion and two slopes
 # the dearest of all, in every second batch, twice as long.
@@ -314,7 +306,6 @@ class JeffreysNPE(NPE):
         self._weights = deepcopy(self._initial_weights)
         self._proposals: Dict[str, Proposals] = {}
         self._proxy_samples: Dict[str, ProxySamples] = {}
-        self._synthetic_x: Optional[Tensor] = None
         self._epoch_metrics: Dict[str, float] = {}
         self._num_skipped_steps = 0
         self._is_new = True
@@ -673,7 +664,6 @@ class JeffreysNPE(NPE):
         else:
             self._best = {}
             self._proposals, self._proxy_samples = {}, {}
-            self._synthetic_x = None
             self._stage, self._stage_start = Stage.FLOW, 0
             self._candidate_start, self._best_of_candidate = 0, (math.inf, -1)
             self._max_num_epochs = train_config.max_num_epochs
@@ -845,11 +835,8 @@ class JeffreysNPE(NPE):
         loss_args: Optional[LossArgs],
     ) -> float:
         epoch_of_stage = self.epoch - self._stage_start
-        is_pooled = self._likelihoods is not None
-        interval = POOLED_DISTILLATION_EPOCHS if is_pooled else DISTILLATION_EPOCHS
-        if epoch_of_stage > 0 and epoch_of_stage % interval == 0:
-            for name in ("training", "synthetic"):
-                self._proxy_samples.pop(name, None)
+        if epoch_of_stage > 0 and epoch_of_stage % DISTILLATION_EPOCHS == 0:
+            self._proxy_samples.pop("training", None)
         for model in self._standing_still:
             model.eval()  # what is drawn and normalised in passing stands still, too
         for group in self.optimizer.param_groups:
@@ -871,10 +858,6 @@ class JeffreysNPE(NPE):
             else:  # one bad batch must not cost the network
                 self._num_skipped_steps += 1
             means.append(_means(divergences, kernel))
-            if self._stage is Stage.DISTILLATION and self._flow_weight > 0:
-                self._follow_at_synthetic_x(
-                    train_loader, step, loss_args, clip_max_norm
-                )
         epoch_means = torch.tensor(means).mean(0).tolist()
         self._epoch_metrics.update(zip(TRAINING_METRICS, epoch_means, strict=True))
         return epoch_means[0]
@@ -1031,50 +1014,6 @@ class JeffreysNPE(NPE):
             )
             result = result + REVERSE_INTERVAL * reverse_kl
         return self._flow_weight * result
-
-    def _follow_at_synthetic_x(
-        self,
-        loader: DataLoader,
-        step: int,
-        loss_args: Optional[LossArgs],
-        clip_max_norm: Optional[float],
-    ) -> None:
-        """Let the flow follow the proxy at this step's share of synthetic conditions.
-
-        The proxy's samples have no noise of their own: unlike simulations, as many
-        conditions as wanted have them. They cost nothing but time.
-        """
-        if "synthetic" not in self._proxy_samples:
-            self._draw_synthetic(loader)
-        x = self._synthetic_x
-        if x is None:
-            return
-        samples = self._proxy_samples["synthetic"]
-        share = torch.arange(step % len(loader), len(x), len(loader))
-        batch_size = max(1, len(self.train_indices) // len(loader))
-        for index in share[torch.randperm(len(share))].split(batch_size):
-            to_proxy = self.objective.forward_kl_to_proxy(
-                self._estimator.flow,
-                x[index],
-                samples.at(index).subset(NUM_PROXY_SAMPLES_PER_STEP),
-            )
-            kernel = self._calibration(x[index], loss_args)
-            loss = self._flow_weight * (kernel * to_proxy).mean()
-            self._step(loss, clip_max_norm)
-
-    def _draw_synthetic(self, loader: DataLoader) -> None:
-        """Draw conditions at the simulations' parameters, and the proxy's samples."""
-        likelihoods, num = self._likelihoods, len(self.train_indices)
-        multiple = min(MAX_SYNTHETIC_MULTIPLE, NUM_CONDITIONS // num - 1)
-        if likelihoods is None or multiple < 1:
-            self._synthetic_x = None
-            return
-        theta = loader.dataset.tensors[0][self.train_indices]  # type: ignore[attr-defined]
-        x = likelihoods.sample(theta.to(self._device).repeat(multiple, 1))
-        self._synthetic_x = x[torch.randperm(len(x))]
-        self._proxy_samples["synthetic"] = self._draw_proxy_samples(
-            self._synthetic_x, False, {}
-        )
 
     def _step(self, loss: Tensor, clip_max_norm: Optional[float]) -> bool:
         """Take one optimiser step, with the gradients of each network clipped.
@@ -1499,8 +1438,6 @@ class JeffreysNPE(NPE):
             share = self._max_num_epochs / len(self._stages)
         if self._stage is Stage.LIKELIHOOD:
             share = min(share, MAX_LIKELIHOOD_EPOCHS)
-        if self._synthetic_x is not None:
-            share = MAX_SYNTHETIC_EPOCHS
         is_over = epoch - self._stage_start >= share
         flow = self._estimator.flow
         if self._is_new and isinstance(flow, FlowCandidates) and share < math.inf:
@@ -1671,7 +1608,7 @@ class JeffreysNPE(NPE):
         state = super().__getstate__()
         # Builders are closures, which pickle refuses, as for sbi's own.
         state.update(_build_flow=None, _build_proxy=None)
-        state.update(_proposals={}, _proxy_samples={}, _synthetic_x=None)
+        state.update(_proposals={}, _proxy_samples={})
         state.update(_checkpoint=None, _before_training=None)
         state.pop("_average", None)
         state.pop("_validation", None)

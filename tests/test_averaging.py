@@ -153,7 +153,6 @@ def train(num_epochs, likelihood="auto", **kwargs):
         return taken
 
     inference._step = recording_step
-    inference._follow_at_synthetic_x = lambda *args: None  # the average comes before
     inference.train(
         max_num_epochs=num_epochs - 1,
         training_batch_size=45,

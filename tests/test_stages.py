@@ -355,7 +355,6 @@ def test_a_pooled_proxy_that_is_worse_is_not_kept(monkeypatch):
 @pytest.mark.parametrize("likelihood", ["auto", "none"])
 def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch, likelihood):
     monkeypatch.setattr(trainer, "DISTILLATION_EPOCHS", 2)
-    monkeypatch.setattr(trainer, "POOLED_DISTILLATION_EPOCHS", 2)
     monkeypatch.setattr(trainer, "NUM_MOVES", 0)
     inference = make(
         weights="fixed", energy_estimator=energy_nn(8, 1, likelihood=likelihood)
@@ -471,7 +470,6 @@ def test_the_flow_is_chosen_by_both_its_losses_when_it_follows(shared):
         return result
 
     inference._flow_validation = recording_validation
-    inference._follow_at_synthetic_x = lambda *args: None  # the average comes before
     first = 20 if shared else 30  # of the last stage
     estimator = train(inference, first + 10, learning_rate=3e-2, stop_after_epochs=100)
     losses = inference.summary["validation_loss"]
@@ -537,7 +535,6 @@ def test_a_training_that_ends_early_has_the_best_of_its_stage(shared, num_epochs
     inference = make(shared)
     states = record(inference)
     interrupt_before(inference, num_epochs)
-    inference._follow_at_synthetic_x = lambda *args: None  # the average comes before
     estimator = train(inference, 12 if shared else 16)
     stages = inference.summary["stage"]
     assert stages == stages_of(12 if shared else 16, shared)[:num_epochs]
