@@ -60,6 +60,9 @@ MIN_COVERAGE_ERROR = 0.1
 _BATCH_SIZE = 50_000
 # Simulations that the observation is compared with; more change nothing.
 _MAX_REFERENCE = 2_000
+# Simulations that miss the same values as the observation, with which p-values reach
+# the level of one of four tests at the default rate of false alarms.
+_MIN_ALIKE = 80
 # Features are reduced to so many principal components and what these leave.
 _MAX_FEATURES = 50
 
@@ -462,17 +465,30 @@ def _novelty(candidates: Tensor, reference: Optional[Tensor] = None) -> float:
     from hiding all the others. Of 1 to 60 neighbours the nearest found most: the
     further ones see less of a curved manifold.
 
+    Values that are missing, as NaN in place of trials that there were not, are taken
+    as the median of their feature: of all values that says least about how far away
+    the others are. How many are missing is a feature of its own. As whole simulations
+    are further apart than those filled in, the observation is compared with those that
+    miss the same values, where there are enough of them.
+
     Args:
         candidates: Simulations and last the observation, `(num, *condition_shape)`.
             All are treated alike, or the rank would not be uniform.
         reference: Simulations among which the neighbours are looked for; the other
             candidates if not given.
     """
-    points = [part.detach().cpu().double().flatten(1) for part in (candidates,)]
-    if reference is not None:
-        points.append(reference.detach().cpu().double().flatten(1))
+    parts = (candidates,) if reference is None else (candidates, reference)
+    points = [part.detach().cpu().double().flatten(1) for part in parts]
+    missing = [~part.isfinite() for part in points]
+    if any(bool(part.any()) for part in missing):
+        points = [
+            torch.cat((p.where(~m, torch.nan), m.double().sum(1, keepdim=True)), 1)
+            for p, m in zip(points, missing, strict=True)
+        ]
     levels = torch.tensor([0.25, 0.5, 0.75], dtype=torch.double)
-    low, median, high = points[-1].quantile(levels, 0)
+    # A feature that no simulation has is at zero.
+    low, median, high = points[-1].nanquantile(levels, 0).nan_to_num(0.0)
+    points = [part.where(~part.isnan(), median) for part in points]
     scale = (high - low) / 1.349
     spread = points[-1].std(0)
     scale = torch.where(scale > 0, scale, spread)
@@ -489,7 +505,10 @@ def _novelty(candidates: Tensor, reference: Optional[Tensor] = None) -> float:
     if reference is None:
         distances.fill_diagonal_(torch.inf)
     nearest = distances.min(1).values
-    return _rank_p_value(nearest[:-1], nearest[-1].item())
+    alike = (missing[0][:-1] == missing[0][-1]).all(1)
+    if alike.sum() < _MIN_ALIKE:
+        alike[:] = True
+    return _rank_p_value(nearest[:-1][alike], nearest[-1].item())
 
 
 def _compress(z: Tensor, linear: float = 5.0) -> Tensor:

@@ -523,8 +523,7 @@ def _take_simulations(inference: "JeffreysNPE", stored: Dict[str, Any]) -> None:
         ("x", inference._x_roundwise),
     ):
         same = len(own) == len(stored[name]) and all(
-            a.shape == b.shape and torch.equal(a.cpu(), b)
-            for a, b in zip(own, stored[name], strict=True)
+            _same(a.cpu(), b) for a, b in zip(own, stored[name], strict=True)
         )
         if own and not same:
             raise ValueError(
@@ -543,6 +542,13 @@ def _take_simulations(inference: "JeffreysNPE", stored: Dict[str, Any]) -> None:
         inference._proposal_roundwise = [None] * len(stored["theta"])
     inference.train_indices = stored["train_indices"]
     inference.val_indices = stored["val_indices"]
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors are equal, where NaN, a missing value, equals NaN."""
+    if first.shape != second.shape:
+        return False
+    return bool(((first == second) | (first.isnan() & second.isnan())).all())
 
 
 def _x_built_with(inference: "JeffreysNPE", built_with: Dict[str, Any]) -> Tensor:

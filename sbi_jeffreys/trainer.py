@@ -840,7 +840,10 @@ class JeffreysNPE(NPE):
         for model in self._standing_still:
             model.eval()  # what is drawn and normalised in passing stands still, too
         for group in self.optimizer.param_groups:
-            group["fused"] = True  # sbi's Adam takes ten operations a parameter
+            # sbi's Adam takes ten operations a parameter, the fused one takes one; but
+            # that refuses the complex parameters of some embedding nets.
+            if all(parameter.is_floating_point() for parameter in group["params"]):
+                group["fused"] = True
         means = []
         first = epoch_of_stage * len(train_loader)
         for step, batch in enumerate(train_loader, start=first):

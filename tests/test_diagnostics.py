@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import LinearGaussianFlow, QuadraticEnergy, gaussian_proxy
 from sbi.neural_nets import posterior_nn
-from sbi.neural_nets.embedding_nets import FCEmbedding
+from sbi.neural_nets.embedding_nets import FCEmbedding, PermutationInvariantEmbedding
 from sbi.utils import BoxUniform
 from torch.distributions import MultivariateNormal, kl_divergence
 
@@ -282,7 +282,23 @@ def test_errors(use, message):
 # ---------------------------------------------------------------------------- novelty
 
 
-@pytest.mark.parametrize("kind", ["plain", "curved", "wide", "reference"])
+def pad(trials):
+    """Leave a random number of the trials, one or more, and put NaN for the others."""
+    num = torch.randint(1, trials.shape[1] + 1, (len(trials), 1))
+    padded = torch.arange(trials.shape[1]) >= num
+    return trials.masked_fill(padded.unsqueeze(-1), torch.nan)
+
+
+def half_missing(x):
+    """Put NaN for the first column of every other row, of all but the last one."""
+    x = torch.cat((x[:, :1], x), 1)
+    x[1::2, 0] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain", "curved", "wide", "reference", "padded", "whole"]
+)
 def test_p_values_of_novelty_are_uniform(kind):
     # An observation from the simulator: P(p <= a) = a for every a, in finite samples,
     # also with more features than simulations.
@@ -293,6 +309,11 @@ def test_p_values_of_novelty_are_uniform(kind):
             x = torch.cat((x, x[:, :1] ** 2, x.prod(1, keepdim=True)), 1)
         if kind == "wide":
             x = x @ torch.randn(2, 80) + 0.1 * torch.randn(60, 80)
+        if kind == "padded":
+            x = pad(x.unsqueeze(1) + torch.randn(60, 4, 2))
+        if kind == "whole":  # an observation of all trials, as half of the simulations
+            x = (torch.randn(200, 1, 2) + torch.randn(200, 4, 2)).flatten(1)
+            x[:100] = pad(x[:100].reshape(100, 4, 2)).flatten(1)
         if kind == "reference":
             p_values.append(_novelty(x[:30], x[30:]))
         else:
@@ -314,6 +335,8 @@ def test_p_values_of_novelty_are_uniform(kind):
         lambda x: x * torch.tensor([1e-6, 1.0, 1e6]),
         lambda x: torch.cat((x[:20] * 1e8, x[20:])),  # outliers
         lambda x: x.reshape(-1, 1, 3).expand(-1, 40, 3).clone(),  # images
+        lambda x: torch.cat((x, torch.full((len(x), 1), torch.nan)), 1),
+        half_missing,
     ],
 )
 def test_novelty_is_found_in_spite_of(spoil):
@@ -334,6 +357,19 @@ def test_a_feature_that_never_varied():
     x_o = torch.tensor([[0.1, 0.1, 7.0], [0.1, 0.1, 7.5]])
     assert _novelty(torch.cat((x, x_o[:1]))) > 0.05
     assert _novelty(torch.cat((x, x_o[1:]))) == pytest.approx(1 / 201)
+
+
+def test_what_is_missing_is_new_where_it_never_was():
+    whole, padded = torch.randn(200, 3), torch.randn(200, 3)
+    padded[:, 2] = torch.nan
+    complete, incomplete = torch.tensor([[0.1, 0.1, 0.0], [0.1, 0.1, torch.nan]])
+    for x, usual, new in (
+        (whole, complete, incomplete),
+        (padded, incomplete, complete + torch.tensor([0.0, 0.0, 0.1])),
+    ):
+        assert _novelty(torch.cat((x, usual[None]))) > 0.05
+        assert _novelty(torch.cat((x, new[None]))) == pytest.approx(1 / 201)
+        assert _novelty(torch.cat((x[:50], new[None])), x[50:]) == pytest.approx(1 / 51)
 
 
 # ------------------------------------------------------------------- rates of the alarm
@@ -438,3 +474,46 @@ def test_embedding_is_tested_as_well():
     checks = [check_fit(inference, x, comparison) for x in sensors(BOX.sample((40,)))]
     share = sum(check.p_values["embedding"] <= 0.1 for check in checks) / 40
     assert share < 0.1 + 3.5 * (0.09 / 40 + 0.09 / 200) ** 0.5
+
+
+def test_trials_of_unequal_number():
+    # As sbi documents them: padded with NaN, which the embedding leaves out.
+    def whole_trials(theta):
+        return theta.unsqueeze(1) + torch.randn(len(theta), 3, 2)
+
+    torch.manual_seed(0)
+    theta = BOX.sample((400,))
+    embedding = PermutationInvariantEmbedding(
+        FCEmbedding(2, output_dim=6, num_hiddens=10, num_layers=1),
+        trial_net_output_dim=6,
+        num_hiddens=10,
+        output_dim=6,
+    )
+    inference = JeffreysNPE(
+        BOX,
+        posterior_nn(
+            "zuko_maf",
+            hidden_features=10,
+            num_transforms=1,
+            embedding_net=embedding,
+            z_score_x="none",
+        ),
+        tracker=NoTracker(),
+        show_progress_bars=False,
+        energy_estimator=energy_nn(10, 1, embedding_net=embedding, z_score_x="none"),
+    )
+    x = pad(whole_trials(theta))
+    assert x.isnan().any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inference.append_simulations(theta, x, exclude_invalid_x=False)
+    inference.train(max_num_epochs=4, learning_rate=5e-3, validation_fraction=0.4)
+    comparison = compare_models(inference)
+    # sbi refuses observations that are not whole.
+    far = check_fit(inference, whole_trials(torch.full((1, 2), 30.0)), comparison)
+    assert {"novelty", "embedding"} <= set(far.objections)
+    observations = whole_trials(BOX.sample((40,)))
+    checks = [check_fit(inference, x_o, comparison) for x_o in observations]
+    for name, num in (("novelty", 400), ("embedding", 160)):
+        share = sum(check.p_values[name] <= 0.1 for check in checks) / 40
+        assert share < 0.1 + 3.5 * (0.09 / 40 + 0.09 / num) ** 0.5

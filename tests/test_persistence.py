@@ -31,6 +31,7 @@ from helpers import (
 )
 from sbi.inference import simulate_for_sbi
 from sbi.neural_nets import posterior_nn
+from sbi.neural_nets.embedding_nets import PermutationInvariantEmbedding
 from sbi.utils import BoxUniform, RestrictedPrior, process_prior
 from torch import nn
 from torch.distributions import Gamma, MultivariateNormal, Normal
@@ -839,6 +840,46 @@ def test_other_simulations(saved):
     loaded = make().append_simulations(theta, x).load(saved[1])
     assert len(loaded.get_simulations()[0]) == len(theta)
     assert_equal(outcome(loaded), outcome(saved[0]))
+
+
+def test_the_same_simulations_with_missing_values(tmp_path):
+    def padded():
+        theta, x = simulate()
+        x = x.unsqueeze(1).repeat(1, 3, 1)
+        x[::2, 2] = torch.nan  # two trials, not three
+        return theta, x
+
+    def make_for_trials():
+        embedding = PermutationInvariantEmbedding(
+            nn.Linear(2, 4), trial_net_output_dim=4, num_hiddens=8, output_dim=4
+        )
+        networks = {"embedding_net": embedding, "z_score_x": "none"}
+        return make(
+            density_estimator=posterior_nn(
+                "maf", hidden_features=8, num_transforms=2, **networks
+            ),
+            energy_estimator=energy_nn(8, 1, **networks),
+        )
+
+    def append(inference, theta, x):
+        return inference.append_simulations(theta, x, exclude_invalid_x=False)
+
+    theta, x = padded()
+    inference = append(make_for_trials(), theta, x)
+    train(inference, 3)
+    inference.save(tmp_path / "fit.pt")
+    loaded = append(make_for_trials(), theta, x).load(tmp_path / "fit.pt")
+    assert_equal(outcome(loaded), outcome(inference))
+    train(inference, 5, resume_training=True)
+    train(loaded, 5, resume_training=True)
+    assert_equal(outcome(loaded), outcome(inference))
+    # NaN for a number, or a number for NaN, is another simulation.
+    for row, value in ((0, 1.0), (1, torch.nan)):
+        other = x.clone()
+        other[row, 2] = value
+        assert_refused(
+            tmp_path / "fit.pt", "differ in x", append(make_for_trials(), theta, other)
+        )
 
 
 def test_a_failed_load_does_not_harm_a_trained_object(saved):

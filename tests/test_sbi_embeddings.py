@@ -7,11 +7,16 @@ import pytest
 import torch
 from helpers import assert_epochs_are_finite
 from sbi.inference import NPE
-from sbi.neural_nets import posterior_nn
+from sbi.neural_nets import embedding_nets, posterior_nn
 from sbi.neural_nets.embedding_nets import (
     CNNEmbedding,
+    CausalCNNEmbedding,
     FCEmbedding,
+    LRUEmbedding,
     PermutationInvariantEmbedding,
+    ResNetEmbedding1D,
+    ResNetEmbedding2D,
+    SpectralConvEmbedding,
     TransformerEmbedding,
 )
 from sbi.utils import BoxUniform
@@ -104,15 +109,50 @@ CASES = {
     ),
 }
 
+# The others of sbi's: whether they train at all, and with how many complex parameters.
+OTHERS = {
+    "causal CNN of series": (
+        series,
+        lambda: CausalCNNEmbedding(
+            (16,), num_conv_layers=2, pool_kernel_size=4, output_dim=8
+        ),
+        0,
+    ),
+    "residual network of features": (
+        features,
+        lambda: ResNetEmbedding1D(12, 8, n_blocks=2, c_internal=8, c_hidden_final=16),
+        0,
+    ),
+    "residual network of images": (
+        lambda theta: image(theta).unsqueeze(1),
+        lambda: ResNetEmbedding2D(
+            1, 8, c_hidden_fc=16, n_stages=1, blocks_per_stage=[1], c_stages=[4]
+        ),
+        0,
+    ),
+    "recurrent units of trials": (
+        trials,
+        lambda: LRUEmbedding(2, 8, state_dim=4, hidden_dim=8, num_blocks=1),
+        2,
+    ),
+    "spectral convolutions of series": (
+        lambda theta: series(theta).unsqueeze(1),
+        lambda: SpectralConvEmbedding(1, modes=4, conv_channels=3, num_layers=2),
+        3,
+    ),
+}
 
-def train(theta, x, flow_embedding=None, energy_embedding=None, prior=PRIOR, **kwargs):
-    """Train a flow and a proxy with an embedding each, the same one, or none."""
+
+def make(theta, x, flow_embedding=None, energy_embedding=None, prior=PRIOR):
+    """Return a flow and a proxy with an embedding each, the same one, or none."""
     parts = [
         {} if embedding is None else {"embedding_net": embedding}
         for embedding in (flow_embedding, energy_embedding)
     ]
-    # "structured" is NaN for images of one channel, in sbi's standardizing net.
+    # "structured" is NaN for a single channel, in sbi's standardizing net.
     z_score = {2: "independent", 3: "structured"}.get(x.ndim, "none")
+    if x.shape[1] == 1:
+        z_score = "none"
     inference = JeffreysNPE(
         prior,
         posterior_nn(
@@ -126,9 +166,15 @@ def train(theta, x, flow_embedding=None, energy_embedding=None, prior=PRIOR, **k
         show_progress_bars=False,
         energy_estimator=energy_nn(20, 1, z_score_x=z_score, **parts[1]),
     )
+    return inference.append_simulations(theta, x)
+
+
+def train(*args, **kwargs):
+    """Train what `make` returns."""
+    inference = make(*args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        inference.append_simulations(theta, x).train(**{
+        inference.train(**{
             "max_num_epochs": 24,
             "learning_rate": 5e-3,
             "training_batch_size": 100,
@@ -177,6 +223,55 @@ def test_embedding_networks_of_sbi(name, shared):
         assert posterior.log_prob(one, x=x_o[:1]).isfinite().all()
     check = check_fit(inference, x_o[0])
     assert "embedding" in check.p_values
+
+
+def test_all_embedding_networks_of_sbi_are_tried():
+    kinds = {
+        value
+        for value in vars(embedding_nets).values()
+        if isinstance(value, type) and issubclass(value, torch.nn.Module)
+    }
+    tried = {type(case[1]()) for case in (*CASES.values(), *OTHERS.values())}
+    assert len(kinds) >= 9
+    assert kinds <= tried
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_embedding_networks_of_sbi(name, tmp_path):
+    simulator, build, num_complex = OTHERS[name]
+    torch.manual_seed(3)
+    theta = PRIOR.sample((200,))
+    x = simulator(theta)
+    embedding = build()
+    embedding(x[:3])  # some layers learn their size from the first input
+    before = copy.deepcopy(embedding.state_dict())
+    inference = train(theta, x, embedding, embedding, max_num_epochs=2)
+    assert sum(p.is_complex() for p in embedding.parameters()) == num_complex
+    # All that learns has learnt, complex parameters in both their parts.
+    for key, parameter in embedding.named_parameters():
+        moved = (parameter - before[key]).detach()
+        parts = [moved.real, moved.imag] if moved.is_complex() else [moved]
+        assert all(part.abs().max() > 1e-5 for part in parts), key
+    assert_epochs_are_finite(inference.summary)
+    x_o = x[:3]
+    for sample_with in ("direct", "refined"):
+        posterior = inference.build_posterior(sample_with=sample_with)
+        samples = posterior.sample_batched((20,), x_o, show_progress_bars=False)
+        assert samples.shape == (20, 3, 2)
+        assert samples.isfinite().all()
+    # Through a file, and on from where the training ended.
+    inference.save(tmp_path / "training.pt")
+    num_epochs = len(inference.summary["stage"])
+    embedding = build()
+    loaded = make(theta, x, embedding, embedding).load(tmp_path / "training.pt")
+    for each in (inference, loaded):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            each.train(resume_training=True, max_num_epochs=4)
+    states = [each._neural_net.state_dict() for each in (inference, loaded)]
+    # Bounds that there are none of are NaN.
+    torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
+    assert len(loaded.summary["stage"]) > num_epochs
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (1, 4, 3), (2, 1, 2, 2)])

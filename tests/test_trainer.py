@@ -195,26 +195,46 @@ def test_batches_hold_every_simulation_of_their_part_once():
     [("maf", None), ("zuko_nsf", None), ("maf", lambda x: x[:, 0].exp())],
 )
 def test_without_proxy_it_is_npe(name, kernel):
-    # One batch an epoch: the order of simulations, which the proxy's samples change,
-    # plays no part. What is left must be NPE's, to rounding.
+    # One batch an epoch, and in round two all of it as atoms: the order of simulations,
+    # which the proxy's samples change, plays no part. What is left must be NPE's, to
+    # rounding.
     builder = posterior_nn(name, hidden_features=10, num_transforms=2)
-    estimators, losses = [], []
-    for cls, kwargs in ((NPE, {}), (JeffreysNPE, {"weights": FixedWeights((1, 0, 0))})):
-        inference = make(cls, density_estimator=builder, **kwargs)
-        estimators.append(
-            train(
-                inference,
-                max_num_epochs=15,
-                training_batch_size=1000,
-                learning_rate=2e-3,
-                calibration_kernel=kernel,
-            )
+    inferences = [
+        make(cls, density_estimator=builder, **kwargs)
+        for cls, kwargs in (
+            (NPE, {}),
+            (JeffreysNPE, {"weights": FixedWeights((1, 0, 0))}),
         )
-        losses.append(torch.tensor(inference.summary["validation_loss"]))
+    ]
+    kwargs = {
+        "max_num_epochs": 15,
+        "training_batch_size": 1000,
+        "learning_rate": 2e-3,
+        "calibration_kernel": kernel,
+    }
+    estimators = [train(inference, **kwargs) for inference in inferences]
+    assert_equal_flows(inferences, estimators)
+    proposal = inferences[0].build_posterior().set_default_x(torch.zeros(1, 2))
+    theta, x = simulate(100, seed=4)
+    theta, x = theta / 2, -x  # not from the prior, and something new to learn
+    for index, inference in enumerate(inferences):
+        inference.append_simulations(theta, x, proposal=proposal)
+        torch.manual_seed(5)
+        estimators[index] = inference.train(
+            num_atoms=1000, discard_prior_samples=True, **kwargs
+        )
+    assert_equal_flows(inferences, estimators, learnt=0.02)
+
+
+def assert_equal_flows(inferences, estimators, learnt=0.1):
+    losses = [
+        torch.tensor(inference.summary["validation_loss"][-15:])
+        for inference in inferences
+    ]
     npe, ours = estimators[0], estimators[1].flow
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(parameters(ours), parameters(npe), rtol=1e-2, atol=1e-3)
-    assert losses[0][0] - losses[0][-1] > 0.1  # they did learn
+    assert losses[0][0] - losses[0][-1] > learnt  # they did learn
 
 
 def test_the_flow_learns_from_the_proxy():
@@ -861,6 +881,28 @@ def test_weights_are_told_of_every_round():
     inference.append_simulations(*simulate(100, seed=3), proposal=proposal)
     inference.train(max_num_epochs=1)
     assert inference.weights.rounds == 2
+
+
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_dual_variables_carry_over_to_the_next_round(from_scratch):
+    inference = make()
+    train(inference, num=100, max_num_epochs=1)
+    inference.weights.dual_variables = torch.tensor([2.0, 3.0, 5.0])
+    proposal = inference.build_posterior().set_default_x(torch.zeros(1, 2))
+    inference.append_simulations(*simulate(100, seed=3), proposal=proposal)
+    num_epochs = len(inference.summary["stage"])
+    inference.train(
+        max_num_epochs=1,
+        retrain_from_scratch=from_scratch,
+        discard_prior_samples=from_scratch,  # as sbi asks
+    )
+    assert inference.summary["stage"][num_epochs] == "flow"
+    first = [
+        inference.summary[f"dual_{name}"][num_epochs]
+        for name in ("forward_kl", "reverse_kl", "proxy_forward_kl")
+    ]
+    # Before the first dual step. Networks that know nothing start at the initial ones.
+    assert first == ([1.0, 1.0, 1.0] if from_scratch else [2.0, 3.0, 5.0])
 
 
 def test_a_second_round_may_start_from_scratch():
