@@ -11,7 +11,8 @@ import pytest
 from tasks.__main__ import main
 from tasks.errors import InputError
 from tasks.methods import METHODS
-from tasks.plots import _styles, c2st_against_budget
+from tasks.plots import _styles, c2st_against_budget, c2st_against_time
+from tasks.plots import paired_differences as plot_paired_differences
 from tasks.report import (
     in_order,
     paired_differences,
@@ -345,6 +346,75 @@ def test_plots_show_the_numbers(results):
     low, high = bar.get_segments()[0][:, 1]
     assert high - low == pytest.approx(2 * 0.02 / math.sqrt(2))
     assert {text.get_text() for text in figure.legends[0].get_texts()} == names
+
+
+def test_the_plot_against_time_shows_the_numbers(results):
+    write_row(
+        results,
+        row("two_moons", "jeffreys", 10_000, 1, 1, 0.55, training_seconds=400.0),
+    )
+    figure = c2st_against_time(summarise(load(results)))
+    axes = {panel.get_title(): panel for panel in figure.axes if panel.get_visible()}
+    assert set(axes) == {"two_moons", "gaussian_mixture"}
+    panel = axes["two_moons"]
+    drawn = {part.get_label(): part for part in panel.collections}
+    # Those of which there is nothing may have a mark, but no place.
+    assert {name for name, part in drawn.items() if len(part.get_offsets())} == {
+        "jeffreys",
+        "npe_nsf",
+        "nle",
+    }
+    # Seconds: of 30 with the first seed and 60 with the second; then of one row.
+    ours = np.array([[45, 0.64], [400, 0.55]])
+    assert np.asarray(drawn["jeffreys"].get_offsets()) == pytest.approx(ours)
+    curves = [np.asarray(line.get_xydata()) for line in panel.lines]
+    assert any(np.shape(c) == (2, 2) and np.allclose(c, ours) for c in curves)
+    assert np.asarray(drawn["npe_nsf"].get_offsets()) == pytest.approx(
+        np.array([[15, 0.67]])
+    )
+    small, large = drawn["jeffreys"].get_sizes()
+    assert small < large
+    assert drawn["npe_nsf"].get_sizes() == pytest.approx([small])
+    assert "1,000, 10,000 simulations" in panel.get_xlabel()
+    assert panel.get_xscale() == "log"
+
+
+def test_the_plot_of_pairs_shows_the_numbers(results):
+    differences = paired_differences(load(results), "jeffreys")
+    pairs = summarise_pairs(differences)
+    figure = plot_paired_differences(differences, pairs, "jeffreys")
+    (axes,) = figure.axes
+    assert axes.get_title() == "1,000 simulations"
+    assert "C2ST of jeffreys − C2ST of the peer" in axes.get_xlabel()
+    peers = [label.get_text() for label in axes.get_yticklabels()]
+    assert sorted(peers) == ["nle", "npe_nsf"]
+    # By hand, see the test of the differences; both tasks have the same.
+    expected = {"npe_nsf": [-0.04, -0.02], "nle": [0.10, 0.12]}
+    found: dict = {}
+    for marks in axes.collections:
+        for x, y in np.asarray(marks.get_offsets()):
+            # Those of a peer are below its place, above the next one's.
+            peer = peers[math.floor(y)]
+            found.setdefault((marks.get_label(), peer), []).append(x)
+    assert {key: sorted(values) for key, values in found.items()} == {
+        ("two_moons", "npe_nsf"): pytest.approx(expected["npe_nsf"]),
+        ("two_moons", "nle"): pytest.approx(expected["nle"]),
+        ("gaussian_mixture", "npe_nsf"): pytest.approx(expected["npe_nsf"]),
+    }
+    # The means over the tasks that a peer has, with their intervals.
+    means, intervals = {}, {}
+    for line in axes.lines:
+        x, y = (np.asarray(values) for values in line.get_data())
+        if line.get_marker() == "o":
+            means[peers[int(y[0])]] = x[0]
+        elif line.get_color() == "#000000":
+            intervals[peers[int(y[0])]] = x
+    assert means == pytest.approx({"npe_nsf": -0.03, "nle": 0.11})
+    # Two seeds: the mean of two draws from both has either as its quantiles.
+    assert intervals["nle"] == pytest.approx([0.10, 0.12])
+    line = pairs.set_index(["peer", "task"]).loc[("npe_nsf", "all tasks")]
+    assert intervals["npe_nsf"] == pytest.approx([line["low"], line["high"]])
+    assert -0.04 - 1e-9 <= line["low"] < line["high"] <= -0.02 + 1e-9
 
 
 def test_methods_are_told_apart_without_colours():

@@ -507,6 +507,39 @@ def test_flow_and_proxy_of_the_last_stage_come_nearer():
     assert 0 < distances[1] < 0.7 * distances[1e-9]
 
 
+@pytest.mark.parametrize(("batch_size", "num_batches"), [(135, 1), (67, 2), (45, 3)])
+def test_every_second_step_of_the_last_stage_has_the_reverse_divergence(
+    monkeypatch, batch_size, num_batches
+):
+    """The turn goes on from epoch to epoch, whatever the number of batches."""
+    energy = energy_nn(8, 1, likelihood="none")
+    inference = make(weights="fixed", energy_estimator=energy)
+    asked, taken = [], []
+    of_models = inference._divergences_of_models
+    reverse_kl_of_flow = inference.objective.reverse_kl_of_flow
+
+    def recording(batch, loader, with_reverse_kl):
+        asked.append((inference.epoch, with_reverse_kl))
+        taken.append(0)
+        return of_models(batch, loader, with_reverse_kl)
+
+    def counting(*args):
+        taken[-1] += 1
+        return reverse_kl_of_flow(*args)
+
+    inference._divergences_of_models = recording
+    monkeypatch.setattr(inference.objective, "reverse_kl_of_flow", counting)
+    train(inference, 15, training_batch_size=batch_size)
+    epochs = epochs_of("distillation", inference.summary["stage"])
+    assert epochs == [10, 11, 12, 13, 14]
+    assert [epoch for epoch, _ in asked] == [
+        e for e in epochs for _ in range(num_batches)
+    ]
+    turns = [True, False] * len(asked)
+    assert [with_reverse_kl for _, with_reverse_kl in asked] == turns[: len(asked)]
+    assert taken == [int(with_reverse_kl) for _, with_reverse_kl in asked]
+
+
 def test_without_weight_on_the_proxy_training_ends_with_the_flow():
     inference = make(weights=FixedWeights((1, 0, 0)))
     states = record(inference)

@@ -1,6 +1,7 @@
 """What JeffreysNPE costs beside NPE: training, sampling, memory.
 
     python -m tasks.benchmarks.training epochs
+    python -m tasks.benchmarks.training profile
     python -m tasks.benchmarks.training converged
     python -m tasks.benchmarks.training sampling
     python -m tasks.benchmarks.training memory
@@ -11,7 +12,8 @@ steps. `epochs` divides seconds per epoch: of each stage of the training, and of
 three in equal parts, sets of samples included. `converged` trains both with all
 defaults until they stop. `sampling` times 10,000 samples, their densities and the
 refined posterior. `memory` compares peaks of processes that train three epochs on
-100,000 simulations.
+100,000 simulations. `profile` is of JeffreysNPE alone: the share of each part of the
+work in the processor's time of the epochs of each stage, sets of samples included.
 """
 
 import argparse
@@ -20,16 +22,22 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from copy import deepcopy
-from functools import partial
+from functools import partial, wraps
 from typing import Any
+from unittest import mock
 
 import torch
 from sbi.inference import NPE
 from sbi.utils.user_input_checks_utils import move_distribution_to_device
+from torch.utils.data import DataLoader
 
-from sbi_jeffreys import FixedWeights, JeffreysNPE, NoTracker
+from sbi_jeffreys import FixedWeights, JeffreysNPE, NoTracker, objective, refinement
+from sbi_jeffreys.averaging import WeightAverage
+from sbi_jeffreys.energy import ConditionalEnergy
+from sbi_jeffreys.residual_flow import ResidualFlow
 from tasks import get_task
 from tasks.task import Task
 
@@ -56,6 +64,98 @@ class TimedJeffreysNPE(JeffreysNPE):
         super()._summarize_epoch(*args, **kwargs)
         end = (self.summary["stage"][-1], time.perf_counter())
         vars(self).setdefault("ends", []).append(end)
+
+
+class Stopwatch:
+    """Seconds of the processor by part of the work; of nested parts, the inner one's.
+
+    The processor's, so that other work of the machine moves the shares less.
+    """
+
+    def __init__(self) -> None:
+        self.laps: list[tuple[str, dict[str, float]]] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._running = ["rest"]
+        self._last = time.process_time()
+
+    def _settle(self) -> None:
+        now = time.process_time()
+        self._seconds[self._running[-1]] += now - self._last
+        self._last = now
+
+    def timed(
+        self, function: Callable[..., Any], part: str, without_gradients: str = ""
+    ) -> Callable[..., Any]:
+        """Return a function that counts as a part, or another without gradients."""
+
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._settle()
+            is_other = without_gradients and not torch.is_grad_enabled()
+            self._running.append(without_gradients if is_other else part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._settle()
+                self._running.pop()
+
+        return timed
+
+    def lap(self, name: str) -> None:
+        """Keep what was counted since the last lap under a name."""
+        self._settle()
+        self.laps.append((name, dict(self._seconds)))
+        self._seconds.clear()
+
+
+# Parts of an epoch, in the order of the table. The gradients are those of all networks
+# that learn in the stage; those of the proxy's stage are the proxy's alone.
+PARTS = {
+    "inversion": "inversion of the flow",
+    "densities": "densities of the flow",
+    "proxy": "proxy",
+    "judged": "proxy without gradients",
+    "backward": "gradients",
+    "step": "step of the optimiser",
+    "batches": "batches",
+    "rest": "rest",
+}
+
+
+class ProfiledJeffreysNPE(JeffreysNPE):
+    """JeffreysNPE that takes the time of the parts of its epochs."""
+
+    stopwatch: Stopwatch
+
+    def _summarize_epoch(self, *args: Any, **kwargs: Any) -> None:
+        super()._summarize_epoch(*args, **kwargs)
+        self.stopwatch.lap(self.summary["stage"][-1])
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train with a stopwatch at each part."""
+        self.stopwatch = watch = Stopwatch()
+        iterate = DataLoader.__iter__
+
+        def batches(loader: DataLoader) -> Iterator[Any]:
+            iterator = watch.timed(iterate, "batches")(loader)
+            following = watch.timed(lambda: next(iterator, None), "batches")
+            return iter(following, None)
+
+        with ExitStack() as stack:
+            for owner, name, *parts in (
+                (objective, "rsample_and_log_prob", "inversion"),
+                (refinement, "rsample_and_log_prob", "inversion"),
+                (ResidualFlow, "log_prob", "densities"),
+                (ConditionalEnergy, "forward", "proxy", "judged"),
+                (torch.Tensor, "backward", "backward"),
+                (torch.autograd, "grad", "backward"),
+                (ProfiledJeffreysNPE, "_step", "step"),  # less the gradients in it
+                (WeightAverage, "update", "step"),
+            ):
+                timed = watch.timed(getattr(owner, name), *parts)
+                stack.enter_context(mock.patch.object(owner, name, timed))
+            stack.enter_context(mock.patch.object(DataLoader, "__iter__", batches))
+            return super().train(*args, **kwargs)
 
 
 def trainer(
@@ -145,6 +245,38 @@ def epochs(
             print(
                 f"| {name} | {budget} | {1e3 * npe['all']:.0f} | {cells} |", flush=True
             )
+
+
+def profile(tasks: list[str], budgets: list[int], flow: str) -> None:
+    """Print the share of every part in the processor's time of each stage, in %."""
+    print(
+        f"| task | simulations | stage | ms per epoch | {' | '.join(PARTS.values())} |"
+    )
+    print("|---" * (4 + len(PARTS)) + "|")
+    for name in tasks:
+        for budget in budgets:
+            inference = trainer(
+                ProfiledJeffreysNPE, get_task(name), budget, density_estimator=flow
+            )
+            inference.train(
+                max_num_epochs=EPOCHS[budget] - 1, stop_after_epochs=EPOCHS[budget]
+            )
+            # The first also built the networks.
+            laps = inference.stopwatch.laps[1:]
+            for stage in dict.fromkeys(stage for stage, _ in laps):
+                of_stage = [seconds for key, seconds in laps if key == stage]
+                means = {
+                    part: sum(seconds.get(part, 0.0) for seconds in of_stage)
+                    / len(of_stage)
+                    for part in PARTS
+                }
+                total = sum(means.values())
+                cells = [f"{100 * means[part] / total:.1f}" for part in PARTS]
+                print(
+                    f"| {name} | {budget} | {stage} | {1e3 * total:.0f} "
+                    f"| {' | '.join(cells)} |",
+                    flush=True,
+                )
 
 
 def converged(tasks: list[str], budgets: list[int]) -> None:
@@ -259,7 +391,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     measurements = parser.add_subparsers(dest="measurement", required=True)
-    for name in ("epochs", "converged", "sampling", "memory", "peak"):
+    for name in ("epochs", "profile", "converged", "sampling", "memory", "peak"):
         measurement = measurements.add_parser(name)
         if name == "peak":
             measurement.add_argument("kind", choices=("NPE", "JeffreysNPE"))
@@ -270,7 +402,7 @@ def main() -> None:
             )
         if name != "converged":
             measurement.add_argument("--flow", default="maf")
-        if name in ("epochs", "converged"):
+        if name in ("epochs", "profile", "converged"):
             measurement.add_argument(
                 "--budgets", type=int, nargs="+", choices=EPOCHS, default=[1_000]
             )
@@ -287,6 +419,8 @@ def main() -> None:
             density_estimator=arguments.flow,
             device=arguments.device,
         )
+    elif arguments.measurement == "profile":
+        profile(arguments.tasks, arguments.budgets, arguments.flow)
     elif arguments.measurement == "converged":
         converged(arguments.tasks, arguments.budgets)
     elif arguments.measurement == "sampling":
