@@ -18,11 +18,17 @@ torch.manual_seed(3)
 prior = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
 theta = prior.sample((200,))
 x = theta + 0.5 * torch.randn(200, 2)
-for name in ("maf", "nsf", "zuko_nsf"):
+for name in ("maf", "nsf", "zuko_nsf", "likelihood", "auto"):
+    flow, likelihood = "auto", "none"
+    if name == "likelihood":
+        likelihood = "auto"
+    if name != "auto":
+        model = "maf" if name == "likelihood" else name
+        flow = posterior_nn(model, hidden_features=8, num_transforms=2)
     inference = JeffreysNPE(
         prior,
-        posterior_nn(name, hidden_features=8, num_transforms=2),
-        energy_estimator=energy_nn(8, 1),
+        flow,
+        energy_estimator=energy_nn(8, 1, likelihood=likelihood),
         tracker=NoTracker(),
         show_progress_bars=False,
     )
@@ -56,9 +62,9 @@ def run(script, hash_seed):
 @pytest.mark.slow
 def test_same_seed_same_network_in_two_processes():
     first, second = run(SCRIPT, 1), run(SCRIPT, 2)
-    assert len(first) == 3
+    assert len(first) == 5
     assert first == second
     # The digests do tell networks apart.
     digests = {line.split()[1] for line in first}
-    assert len(digests) == 3
+    assert len(digests) == 5
     assert hashlib.sha256(b"").hexdigest() not in digests

@@ -167,6 +167,7 @@ def some_case(number):
     if len(shape) > 1:
         embedding = nn.Sequential(nn.Flatten(1), nn.Linear(shape.numel(), 2))
         z_score = "structured"
+    options_rng = random.Random(f"options {number}")  # all else stays as it was
     options = {
         "builder": posterior_nn(
             flow,
@@ -181,8 +182,11 @@ def some_case(number):
             z_score_x=z_score,
             embedding_net=embedding,
             base_measure=rng.choice(["prior", "prior", "lebesgue"]),
+            # Few: they take longer than all else.
+            likelihood="auto" if options_rng.random() < 0.05 else "none",
         ),
         "weights": rng.choice(["adaptive", "adaptive", "fixed"]),
+        "preset": options_rng.choice(["accurate", "accurate", "fast"]),
     }
     training = {
         "training_batch_size": rng.choice([1, 5, 10, 200]),
@@ -201,6 +205,7 @@ def train_ours(case):
         options["builder"],
         energy_estimator=options["energy"],
         weights=options["weights"],
+        preset=options["preset"],
         tracker=NoTracker(),
         show_progress_bars=False,
     )
