@@ -1,21 +1,26 @@
 """The methods: same simulations and split for all, quiet, as sbi by hand."""
 
 import inspect
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from fake_method import need_published_data
+from fake_method import mean_distances, need_published_data
 from sbi.inference import NLE, NPE, NRE, ImportanceSamplingPosterior
 from sbi.inference.posteriors.posterior_parameters import MCMCPosteriorParameters
+from sbi.samplers.mcmc.slice_numpy import SliceSamplerVectorized
 
 from tasks import get_task
 from tasks.errors import InputError
 from tasks.methods import METHODS, Problem, Sequential, SingleRound, draw, get_method
-from tasks.run import simulate
+from tasks.results import METRICS
+from tasks.run import Unit, run_unit, simulate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Maximum number of epochs")
 
-SINGLE_ROUND = {"-".join(m.names): m for m in METHODS.values() if m.amortized}
+ALL = {"-".join(m.names): m for m in METHODS.values()}
+SINGLE_ROUND = {ids: m for ids, m in ALL.items() if m.amortized}
 
 
 @pytest.fixture
@@ -84,6 +89,55 @@ def test_methods_share_simulations_and_split_and_are_quiet(
     assert fit.epochs == 2  # sbi counts one more than max_num_epochs
     for posterior in fit.posteriors.values():
         assert not isinstance(posterior, Exception), posterior
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ALL.values(), ids=ALL)
+def test_every_method_gives_whole_rows(method, monkeypatch):
+    """As in a sweep, but for the lengths of training, chains and samples."""
+    need_published_data()
+    monkeypatch.setattr("tasks.run.metrics.c2st_many", mean_distances)
+    monkeypatch.setattr(
+        "sbi.inference.posteriors.mcmc_posterior.SliceSamplerVectorized",
+        partial(SliceSamplerVectorized, tuning=2, init_width=2.0),
+    )
+    for name, arguments in method.posteriors.items():
+        if "posterior_parameters" in arguments:
+            parameters = replace(
+                arguments["posterior_parameters"],
+                num_chains=5,
+                warmup_steps=2,
+                init_strategy_parameters={"num_candidate_samples": 10},
+            )
+            short = {**arguments, "posterior_parameters": parameters}
+            monkeypatch.setitem(method.posteriors, name, short)
+    rows = run_unit(
+        Unit(
+            task="two_moons",
+            method=method,
+            # NRE cannot validate on the one simulation that 10 of a round would leave.
+            budget=100 if method.amortized else 200,
+            seed=1,
+            rows=tuple((name, 1) for name in method.names),
+            num_samples=50,
+            train={"max_num_epochs": 1},
+        )
+    )
+    assert [row["method"] for row in rows] == list(method.names)
+    for row in rows:
+        assert row["status"] == "ok", row["traceback"]
+        scored = {name for name in METRICS if row[name] == row[name]}
+        assert scored >= set(METRICS) - {"log_prob_true_parameters"}
+        # sbi counts one more than max_num_epochs, in each round.
+        assert row["epochs"] == 2 * (1 if method.amortized else 10)
+
+
+def test_sequential_methods_have_ten_rounds():
+    for name in ("snpe", "snle", "snre", "sjeffreys"):
+        method = METHODS[name]
+        assert isinstance(method, Sequential)
+        assert method.rounds == 10
+        assert method.settings(name)["rounds"] == 10
 
 
 def test_jeffreys_variants_come_from_one_method():
