@@ -312,6 +312,14 @@ _METHODS: tuple[Method, ...] = (
         PooledJeffreysNPE,
         {"jeffreys_pooled": {}, "jeffreys_pooled_refined": {"sample_with": "refined"}},
     ),
+    SingleRound(
+        PooledJeffreysNPE,
+        {
+            "jeffreys_fast_pooled": {},
+            "jeffreys_fast_pooled_refined": {"sample_with": "refined"},
+        },
+        preset="fast",
+    ),
     SingleRound(NPE, {"npe_nsf": {}}, density_estimator="nsf"),
     SingleRound(NPE, {"npe_maf": {}}, density_estimator="maf"),
     SingleRound(NPE, {"npe_mdn": {}}, density_estimator="mdn"),

@@ -30,6 +30,8 @@ _STYLES = {
     "jeffreys_fast_refined": (VERMILLION, "P", "--"),
     "jeffreys_pooled": (BLACK, "P", "-"),
     "jeffreys_pooled_refined": (BLACK, "X", "--"),
+    "jeffreys_fast_pooled": (BLACK, "^", "-."),
+    "jeffreys_fast_pooled_refined": (BLACK, "v", ":"),
     "jeffreys_fixed": (VERMILLION, "^", ":"),
     "npe_nsf": (BLUE, "D", "-"),
     "npe_maf": (BLUE, "v", "--"),

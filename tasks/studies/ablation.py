@@ -91,6 +91,13 @@ VARIANTS: dict[str, Variant] = {
     "jeffreys, fast with all samples": Variant(
         JeffreysNPE, lambda: {"preset": "fast", "objective": JeffreysObjective()}
     ),
+    "jeffreys, fast with likelihoods": Variant(
+        JeffreysNPE,
+        lambda: {
+            "preset": "fast",
+            "energy_estimator": energy_nn(likelihood="auto"),
+        },
+    ),
     "jeffreys, half the patience": Variant(
         JeffreysNPE, train={"stop_after_epochs": 10}
     ),
