@@ -376,7 +376,8 @@ def _commit() -> str:
 
     It ends in "-dirty" where files differ from the commit.
     """
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    # Of no tag: the commit's own name, in clones with and without tags alike.
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=12"]
     try:
         result = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True
