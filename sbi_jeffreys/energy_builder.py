@@ -70,8 +70,8 @@ def energy_nn(
         likelihood: Whether surrogates of the likelihood are factors of the proxy, see
             `sbi_jeffreys.pooled_energy`. With `"auto"` they are, where simulation
             outputs are vectors of 200 numbers or fewer and have no embedding network.
-            Training takes longer, by a third in the mean of three tasks of the
-            benchmark (one training of each).
+            Training takes 0.8 to 2.0 times as long, on three tasks of the benchmark
+            (one training of each).
 
     Returns:
         Builder to be passed to `JeffreysNPE(energy_estimator=...)`.
