@@ -46,7 +46,7 @@ def energy_nn(
     z_score_x: ZScore = "independent",
     embedding_net: nn.Module = nn.Identity(),
     base_measure: Literal["prior", "lebesgue"] = "prior",
-    likelihood: Literal["auto", "none"] = "none",
+    likelihood: Literal["auto", "none"] = "auto",
 ) -> EnergyBuilder:
     r"""Return a function that builds the energy-based proxy of the posterior.
 
@@ -69,9 +69,8 @@ def energy_nn(
             prior's support and shape; `"lebesgue"` is the plain energy-based model.
         likelihood: Whether surrogates of the likelihood are factors of the proxy, see
             `sbi_jeffreys.pooled_energy`. With `"auto"` they are, where simulation
-            outputs are vectors of 200 numbers or fewer and have no embedding network.
-            Training takes 0.8 to 2.0 times as long, on three tasks of the benchmark
-            (one training of each).
+            outputs are vectors of 200 numbers or fewer and have no embedding network;
+            with `"none"` the proxy is one energy network.
 
     Returns:
         Builder to be passed to `JeffreysNPE(energy_estimator=...)`.

@@ -69,43 +69,52 @@ class Variant:
     train: dict[str, Any] = field(default_factory=dict)
 
 
-# The first is what the others are compared with.
+def _without_likelihoods(
+    train: dict[str, Any] | None = None, **keywords: Any
+) -> Variant:
+    """Return a variant whose proxy has no surrogates of the likelihood."""
+    return Variant(
+        JeffreysNPE,
+        lambda: {"energy_estimator": energy_nn(likelihood="none"), **keywords},
+        train or {},
+    )
+
+
+# Those "without likelihoods" have a proxy that is one energy network: what its network,
+# the flow and the schedule are worth was measured with them.
 VARIANTS: dict[str, Variant] = {
     "jeffreys": Variant(JeffreysNPE),
-    "jeffreys, maf": Variant(JeffreysNPE, lambda: {"density_estimator": "maf"}),
-    "jeffreys, nsf": Variant(JeffreysNPE, lambda: {"density_estimator": "nsf"}),
-    "jeffreys, weights fixed": Variant(JeffreysNPE, lambda: {"weights": "fixed"}),
-    "jeffreys, flow without residual coordinates": Variant(
-        JeffreysNPE, lambda: {"density_estimator": posterior_nn("maf")}
-    ),
-    "jeffreys, proxy without dropout": Variant(
-        JeffreysNPE, lambda: {"energy_estimator": energy_nn(dropout=0.0)}
-    ),
-    "jeffreys, proxy with likelihoods": Variant(
-        JeffreysNPE, lambda: {"energy_estimator": energy_nn(likelihood="auto")}
-    ),
-    "jeffreys, half the samples": Variant(
-        JeffreysNPE, lambda: {"objective": JeffreysObjective(8, 8)}
-    ),
     "jeffreys, fast": Variant(JeffreysNPE, lambda: {"preset": "fast"}),
-    "jeffreys, fast with all samples": Variant(
-        JeffreysNPE, lambda: {"preset": "fast", "objective": JeffreysObjective()}
-    ),
-    "jeffreys, fast with likelihoods": Variant(
+    "without likelihoods": _without_likelihoods(),
+    "without likelihoods, maf": _without_likelihoods(density_estimator="maf"),
+    "without likelihoods, nsf": _without_likelihoods(density_estimator="nsf"),
+    "without likelihoods, weights fixed": _without_likelihoods(weights="fixed"),
+    "without likelihoods, flow without residual coordinates": Variant(
         JeffreysNPE,
         lambda: {
-            "preset": "fast",
-            "energy_estimator": energy_nn(likelihood="auto"),
+            "density_estimator": posterior_nn("maf"),
+            "energy_estimator": energy_nn(likelihood="none"),
         },
     ),
-    "jeffreys, half the patience": Variant(
-        JeffreysNPE, train={"stop_after_epochs": 10}
+    "without likelihoods, proxy without dropout": Variant(
+        JeffreysNPE,
+        lambda: {"energy_estimator": energy_nn(dropout=0.0, likelihood="none")},
     ),
-    "jeffreys, the flow's stage alone": Variant(
+    "without likelihoods, half the samples": _without_likelihoods(
+        objective=JeffreysObjective(8, 8)
+    ),
+    "without likelihoods, fast": _without_likelihoods(preset="fast"),
+    "without likelihoods, fast with all samples": _without_likelihoods(
+        preset="fast", objective=JeffreysObjective()
+    ),
+    "without likelihoods, half the patience": _without_likelihoods(
+        train={"stop_after_epochs": 10}
+    ),
+    "without likelihoods, sbi's learning rate": _without_likelihoods(
+        train={"learning_rate": 5e-4}
+    ),
+    "the flow's stage alone": Variant(
         JeffreysNPE, lambda: {"weights": FixedWeights((1.0, 0.0, 0.0))}
-    ),
-    "jeffreys, sbi's learning rate": Variant(
-        JeffreysNPE, train={"learning_rate": 5e-4}
     ),
     "npe, maf": Variant(NPE, lambda: {"density_estimator": "maf"}),
     "npe, nsf": Variant(NPE, lambda: {"density_estimator": "nsf"}),
