@@ -5,6 +5,7 @@ $b$ it has the prior's shape and support, and $\exp f$ is a likelihood-to-eviden
 ratio; with the Lebesgue measure it is the plain energy-based model of the paper.
 """
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from copy import deepcopy
@@ -27,8 +28,20 @@ from torch.distributions import (
 )
 
 
+# Where the density is lower by so many nats than at any of the simulations, no
+# simulation says what the energy is, and the measure ends.
+NEGLIGIBLE = 10.0
+# Simulations that the lowest density is taken of.
+MAX_SIMULATIONS = 20_000
+
+
 class BaseMeasure(ABC):
     r"""A base measure $b(\theta)$ and a distribution that covers it.
+
+    Its support is that of the reference, less the tails that are negligible: where
+    $\log b(\theta)$ is by more than `NEGLIGIBLE` below its least value at the simulated
+    parameters. An energy is anything there, and a flow that leaks into such a tail
+    would have the proxy follow it with energies of thousands of nats.
 
     Args:
         reference: Distribution whose samples cover the support of the measure. It is
@@ -43,6 +56,11 @@ class BaseMeasure(ABC):
         self.scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         self.center = theta.mean(0)
         self._center_is_inside: Optional[bool] = None
+        self.floor = -math.inf
+        log_b = self._inside_only(self._log_prob_inside, theta[:MAX_SIMULATIONS])
+        log_b = log_b[log_b.isfinite()]
+        if len(log_b):
+            self.floor = log_b.min().item() - NEGLIGIBLE
 
     @abstractmethod
     def _log_prob_inside(self, theta: Tensor) -> Tensor:
@@ -57,7 +75,8 @@ class BaseMeasure(ABC):
         Returns:
             Log density of shape `batch_shape`.
         """
-        return self._inside_only(self._log_prob_inside, theta)
+        log_b = self._inside_only(self._log_prob_inside, theta)
+        return log_b.masked_fill(log_b < self.floor, -torch.inf)
 
     def sample(self, num_samples: int, batch_dim: int) -> Tensor:
         """Return samples of the reference, `(num_samples, batch_dim, *input_shape)`."""
@@ -110,7 +129,7 @@ class BaseMeasure(ABC):
         flat = theta.reshape(-1, theta.shape[-1])
         nearest = self._clamp(flat.detach())
         log_b, beyond = self._extend(flat, nearest)
-        outside = ~torch.isfinite(log_b.detach())
+        outside = ~(log_b.detach().isfinite() & (log_b.detach() >= self.floor))
         if outside.any():  # the support is no box, or smaller than it says
             inner = self._inner_point()
             nearest = torch.where(outside.unsqueeze(-1), inner, nearest)
