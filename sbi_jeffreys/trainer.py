@@ -108,7 +108,15 @@ NUM_POOLED_PROXY_SAMPLES = 8
 NUM_MOVES = 8
 NUM_VALIDATION_PROXY_SAMPLES = 16
 # Epochs in which the surrogates learn: they would go on to improve, ever more slowly.
+# With many simulations so many steps are enough, but not fewer epochs than these.
 MAX_LIKELIHOOD_EPOCHS = 200
+MAX_LIKELIHOOD_STEPS = 5_000
+MIN_LIKELIHOOD_EPOCHS = 50
+# Steps without improvement after which a stage that sbi has not, or a candidate of the
+# flow, ends before `stop_after_epochs`; and epochs that it has in any case. Epochs of
+# many simulations have many steps, and are told apart by many simulations.
+PATIENCE_STEPS = 400
+MIN_PATIENCE = 5
 # The flow takes its step of the reverse divergence, with an inversion and two slopes
 # the dearest of all, in every second batch, twice as long.
 REVERSE_INTERVAL = 2
@@ -921,8 +929,25 @@ class JeffreysNPE(NPE):
             k
             for k in range(len(self._likelihoods))
             if self.epoch - self._last_improvement(_likelihood_name(k))
-            <= self._stop_after_epochs
+            <= self._patience
         ]
+
+    @property
+    def _patience(self) -> int:
+        """Epochs without improvement after which a stage, or a candidate, ends."""
+        is_sbis = self._stage is Stage.FLOW and not isinstance(
+            self._estimator.flow, FlowCandidates
+        )
+        if is_sbis:
+            return self._stop_after_epochs
+        enough = math.ceil(PATIENCE_STEPS / self._num_batches)
+        return min(self._stop_after_epochs, max(MIN_PATIENCE, enough))
+
+    @property
+    def _max_likelihood_epochs(self) -> int:
+        """Epochs after which the surrogates of the likelihood have learnt enough."""
+        enough = math.ceil(MAX_LIKELIHOOD_STEPS / self._num_batches)
+        return min(MAX_LIKELIHOOD_EPOCHS, max(MIN_LIKELIHOOD_EPOCHS, enough))
 
     def _last_improvement(self, name: str) -> int:
         """Epoch of this stage in which a model was at its best, or that before it."""
@@ -1432,7 +1457,7 @@ class JeffreysNPE(NPE):
         if self._stage is Stage.FLOW:
             start, epochs = self._candidate_start, [self._best_of_candidate[1]]
         self._epochs_since_last_improvement = epoch - 1 - max(start - 1, *epochs)
-        stagnates = self._epochs_since_last_improvement >= stop_after_epochs
+        stagnates = self._epochs_since_last_improvement >= self._patience
         # Without a weight on the proxy there is nothing to learn after the flow.
         has_proxy = bool(self._weights.dual_variables[1:].any())
         is_last = self._next_stage is None
@@ -1440,7 +1465,7 @@ class JeffreysNPE(NPE):
         if has_proxy and not is_last:
             share = self._max_num_epochs / len(self._stages)
         if self._stage is Stage.LIKELIHOOD:
-            share = min(share, MAX_LIKELIHOOD_EPOCHS)
+            share = min(share, self._max_likelihood_epochs)
         is_over = epoch - self._stage_start >= share
         flow = self._estimator.flow
         if self._is_new and isinstance(flow, FlowCandidates) and share < math.inf:

@@ -20,7 +20,7 @@ from sbi.inference.posteriors.posterior_parameters import MCMCPosteriorParameter
 from sbi.utils.sbiutils import seed_all_backends
 from torch import Tensor
 
-from sbi_jeffreys import JeffreysNPE, NoTracker, energy_nn
+from sbi_jeffreys import JeffreysNPE, NoTracker
 from tasks.errors import InputError
 from tasks.task import Task
 
@@ -123,13 +123,6 @@ class Method(ABC):
     @abstractmethod
     def check_train_arguments(self, train: Mapping[str, Any]) -> None:
         """Raise an InputError if `train` has an argument that is not known."""
-
-
-class PooledJeffreysNPE(JeffreysNPE):
-    """`JeffreysNPE` with surrogates of the likelihood among the proxy's factors."""
-
-    def __init__(self, prior: Any, **kwargs: Any):
-        super().__init__(prior, energy_estimator=energy_nn(likelihood="auto"), **kwargs)
 
 
 class SingleRound(Method):
@@ -306,18 +299,6 @@ _METHODS: tuple[Method, ...] = (
     SingleRound(
         JeffreysNPE,
         {"jeffreys_fast": {}, "jeffreys_fast_refined": {"sample_with": "refined"}},
-        preset="fast",
-    ),
-    SingleRound(
-        PooledJeffreysNPE,
-        {"jeffreys_pooled": {}, "jeffreys_pooled_refined": {"sample_with": "refined"}},
-    ),
-    SingleRound(
-        PooledJeffreysNPE,
-        {
-            "jeffreys_fast_pooled": {},
-            "jeffreys_fast_pooled_refined": {"sample_with": "refined"},
-        },
         preset="fast",
     ),
     SingleRound(NPE, {"npe_nsf": {}}, density_estimator="nsf"),
