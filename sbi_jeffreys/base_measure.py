@@ -27,7 +27,6 @@ from torch.distributions import (
     constraints,
 )
 
-
 # Where the density is lower by so many nats than at any of the simulations, no
 # simulation says what the energy is, and the measure ends.
 NEGLIGIBLE = 10.0
