@@ -9,7 +9,7 @@ from statistics import geometric_mean, mean, stdev
 REPOSITORY = Path(__file__).resolve().parents[1]
 REPORTS = REPOSITORY / "tasks/reports"
 BENCHMARK = REPORTS / "against_npe_1000/results.csv"
-POOLED = REPORTS / "pooled_1000/results.csv"
+NETWORK = REPORTS / "network_1000/results.csv"
 CALIBRATION = REPORTS / "calibration_1000"
 DENSITY = REPOSITORY / "docs/density/results.csv"
 
@@ -125,28 +125,56 @@ def losses() -> str:
     return table([*header, "difference", "seeds with a loss"], lines)
 
 
-def surrogate_losses() -> str:
-    """Return where the option of surrogates made C2ST worse."""
-    values = scores(read(POOLED))
-    pooled_seeds = {key[2] for key in values}
-    values.update({
-        key: score
-        for key, score in scores(read(BENCHMARK)).items()
-        if key[2] in pooled_seeds
-    })
+def _with_network_alone() -> Scores:
+    """Return C2ST with surrogates and without, of the seeds that both have."""
+    values, alone = scores(read(BENCHMARK)), scores(read(NETWORK))
+    both = {key[2] for key in values} & {key[2] for key in alone}
+    return {key: v for key, v in {**values, **alone}.items() if key[2] in both}
+
+
+def surrogates() -> str:
+    """Return C2ST with surrogates of the likelihood and without, the best in bold."""
+    values = _with_network_alone()
+    pairs = ("jeffreys_refined", "jeffreys_network_refined"), (
+        "jeffreys",
+        "jeffreys_network",
+    )
+    means = {
+        task: [[_mean(values, task, method) for method in pair] for pair in pairs]
+        for task in _tasks(values)
+    }
+    means["mean"] = [
+        [mean(of_task[k][i] for of_task in means.values()) for i in range(2)]
+        for k in range(2)
+    ]
     lines = []
-    for pooled, plain, name in (
-        ("jeffreys_pooled_refined", "jeffreys_refined", "refined"),
-        ("jeffreys_pooled", "jeffreys", "flow"),
+    for name, of_pairs in means.items():
+        cells = []
+        for pair in of_pairs:
+            texts = [f"{value:.3f}" for value in pair]
+            best = min(texts) if len(set(texts)) > 1 else None
+            cells += [f"**{text}**" if text == best else text for text in texts]
+        lines.append([name if name == "mean" else f"`{name}`", *cells])
+    header = ["", "refined", "refined, without", "flow", "flow, without"]
+    return table(header, lines)
+
+
+def surrogate_losses() -> str:
+    """Return where the surrogates of the likelihood made C2ST worse."""
+    values = _with_network_alone()
+    lines = []
+    for ours, alone, name in (
+        ("jeffreys_refined", "jeffreys_network_refined", "refined"),
+        ("jeffreys", "jeffreys_network", "flow"),
     ):
         for task in _tasks(values):
-            differences = _differences(values, task, pooled, plain, by=3)
+            differences = _differences(values, task, ours, alone, by=2)
             if mean(differences) >= SHOWN:
                 lines.append([
                     f"`{task}`",
                     name,
-                    f"{_mean(values, task, pooled):.3f}",
-                    f"{_mean(values, task, plain):.3f}",
+                    f"{_mean(values, task, ours):.3f}",
+                    f"{_mean(values, task, alone):.3f}",
                     _plus_minus(differences),
                 ])
     header = ["task", "posterior", "C2ST with surrogates", "C2ST without"]
@@ -278,12 +306,15 @@ def substitutions() -> dict[str, str]:
     return {
         "c2st_table": c2st(),
         "loss_table": losses(),
+        "surrogate_table": surrogates(),
         "surrogate_loss_table": surrogate_losses(),
         "calibration_loss_table": calibration_losses(),
         "density_loss_table": density_losses(),
         "training_ratio": training_ratio(),
         "training_table": training_table(),
         "seeds": seeds(read(BENCHMARK)),
-        "pooled_seeds": seeds(read(POOLED)),
+        "surrogate_seeds": seeds(
+            [{"seed": seed} for seed in {key[2] for key in _with_network_alone()}]
+        ),
         "calibration_seeds": seeds(read(CALIBRATION / "rows.csv")),
     }

@@ -20,7 +20,7 @@ from sbi.inference.posteriors.posterior_parameters import MCMCPosteriorParameter
 from sbi.utils.sbiutils import seed_all_backends
 from torch import Tensor
 
-from sbi_jeffreys import JeffreysNPE, NoTracker
+from sbi_jeffreys import JeffreysNPE, NoTracker, energy_nn
 from tasks.errors import InputError
 from tasks.task import Task
 
@@ -123,6 +123,13 @@ class Method(ABC):
     @abstractmethod
     def check_train_arguments(self, train: Mapping[str, Any]) -> None:
         """Raise an InputError if `train` has an argument that is not known."""
+
+
+class NetworkJeffreysNPE(JeffreysNPE):
+    """`JeffreysNPE` whose proxy is one energy network, without likelihoods."""
+
+    def __init__(self, prior: Any, **kwargs: Any):
+        super().__init__(prior, energy_estimator=energy_nn(likelihood="none"), **kwargs)
 
 
 class SingleRound(Method):
@@ -300,6 +307,10 @@ _METHODS: tuple[Method, ...] = (
         JeffreysNPE,
         {"jeffreys_fast": {}, "jeffreys_fast_refined": {"sample_with": "refined"}},
         preset="fast",
+    ),
+    SingleRound(
+        NetworkJeffreysNPE,
+        {"jeffreys_network": {}, "jeffreys_network_refined": {"sample_with": "refined"}},
     ),
     SingleRound(NPE, {"npe_nsf": {}}, density_estimator="nsf"),
     SingleRound(NPE, {"npe_maf": {}}, density_estimator="maf"),

@@ -28,6 +28,8 @@ _STYLES = {
     "jeffreys_refined": (VERMILLION, "s", "--"),
     "jeffreys_fast": (VERMILLION, "X", "-"),
     "jeffreys_fast_refined": (VERMILLION, "P", "--"),
+    "jeffreys_network": (BLACK, "P", "-"),
+    "jeffreys_network_refined": (BLACK, "X", "--"),
     "jeffreys_fixed": (VERMILLION, "^", ":"),
     "npe_nsf": (BLUE, "D", "-"),
     "npe_maf": (BLUE, "v", "--"),

@@ -332,3 +332,44 @@ def test_constant_parameter_has_a_unit_scale():
     measure = make_base_measure("lebesgue", PRIORS["normal"][0], theta)
     assert measure.scale[1] == 1
     assert torch.isfinite(measure.extended_log_prob(theta)).all()
+
+
+@pytest.mark.parametrize("name", ["prior", "lebesgue"])
+def test_the_measure_ends_where_the_prior_is_negligible(name):
+    """Ten nats below its least density at a simulation, in closed form."""
+    prior = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+    theta = torch.tensor([[0.0, 0.0], [3.0, 0.0], [-1.0, 2.0]])
+    base = make_base_measure(name, prior, theta)
+    # log b falls by r^2 / 2 from the centre: at the outermost simulation by 4.5.
+    radius = torch.tensor(2 * (4.5 + 10.0)).sqrt()
+    direction = torch.tensor([0.6, -0.8])
+    points = torch.stack((0.999 * radius * direction, 1.001 * radius * direction))
+    if name == "lebesgue":  # which is nowhere negligible
+        assert (base.log_prob(points) == 0).all()
+        return
+    inside, outside = base.log_prob(points)
+    assert inside == pytest.approx(prior.log_prob(points[0]).item(), rel=1e-6)
+    assert outside == -INF
+    # The reference has samples everywhere.
+    assert base.reference_log_prob(points).isfinite().all()
+
+
+def test_a_negligible_tail_is_left_by_a_gradient_that_is_finite():
+    """Near its bound the density of a lognormal falls without end, and so steeply."""
+    prior = Independent(LogNormal(torch.zeros(1), 0.5 * torch.ones(1)), 1)
+    torch.manual_seed(0)
+    base = make_base_measure("prior", prior, prior.sample(torch.Size((500,))))
+    theta = torch.tensor([[1e-30], [1e-6], [1e-3], [-0.5]], requires_grad=True)
+    assert (base.log_prob(theta) == -INF).all()
+    log_b = base.extended_log_prob(theta)
+    (slope,) = torch.autograd.grad(log_b.sum(), theta)
+    assert (slope > 0).all()  # back, to larger parameters
+    assert slope.amax() == pytest.approx((10 / base.scale).item())
+    assert log_b.isfinite().all() and (log_b > -100).all()
+    assert (log_b.argsort(descending=True) == torch.tensor([2, 1, 0, 3])).all()
+
+
+def test_simulations_outside_the_prior_end_nothing():
+    prior = BoxUniform(torch.zeros(2), torch.ones(2))
+    base = make_base_measure("prior", prior, 5 + torch.rand(20, 2))
+    assert (base.log_prob(torch.rand(50, 2)) == 0).all()

@@ -47,6 +47,7 @@ def trainers(monkeypatch) -> list:
 
 def test_every_wanted_method_is_there():
     wanted = "jeffreys jeffreys_refined "
+    wanted += "jeffreys_network jeffreys_network_refined "
     wanted += "jeffreys_fixed jeffreys_fast jeffreys_fast_refined "
     wanted += "npe_maf npe_nsf npe_mdn npe_zuko_nsf fmpe npse nle nre "
     wanted += "sjeffreys sjeffreys_refined snpe snle snre"

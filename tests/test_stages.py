@@ -174,7 +174,7 @@ def test_fast_leaves_the_flow_to_the_simulations(resumed):
     # One of sbi's flows, and the one that its stage ended with.
     assert isinstance(estimator.flow, ResidualFlow)
     stages = inference.summary["stage"]
-    assert stages == ["flow"] * 6 + ["proxy"] * 6
+    assert stages == ["flow"] * 4 + ["likelihood"] * 4 + ["proxy"] * 4
     best = best_of(
         inference.summary["validation_forward_kl"], epochs_of("flow", stages)
     )
@@ -217,6 +217,41 @@ def test_every_stage_ends_when_nothing_improves(likelihood):
         ]
         assert len(best) == 3
         assert max(best) == epochs[-1] - 2
+
+
+@pytest.mark.parametrize("likelihood", ["auto", "none"])
+def test_with_many_steps_an_epoch_patience_is_shorter(likelihood):
+    """Not that with the flow, where one is named: there `stop_after_epochs` counts."""
+    inference = make(energy_estimator=energy_nn(8, 1, likelihood=likelihood))
+    options = {"stop_after_epochs": 7, "learning_rate": 5e-2}
+    train(inference, 400, training_batch_size=1, **options)
+    assert inference._num_batches > trainer.PATIENCE_STEPS / trainer.MIN_PATIENCE
+    stages, best = inference.summary["stage"], inference._best
+    flow = inference.summary["validation_forward_kl"][: stages.count("flow")]
+    assert len(flow) - 1 - flow.index(min(flow)) == 7
+    if likelihood == "auto":
+        last = epochs_of("likelihood", stages)[-1]
+        best_epochs = [best[name][1] for name in best if "likelihood" in name]
+        assert last - max(best_epochs) == trainer.MIN_PATIENCE
+    else:  # else the best proxy is that with weighed factors
+        last = epochs_of("proxy", stages)[-1]
+        assert last - best["proxy"][1] == trainer.MIN_PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("num_batches", "patience", "epochs"),
+    [(4, 20, 200), (25, 16, 200), (45, 9, 112), (450, 5, 50)],
+)
+def test_patience_in_steps(num_batches, patience, epochs):
+    inference = make()
+    train(inference, 2)
+    inference._num_batches, inference._stop_after_epochs = num_batches, 20
+    assert inference._max_likelihood_epochs == epochs
+    for stage in Stage:
+        inference._stage = stage
+        assert inference._patience == (20 if stage is Stage.FLOW else patience)
+    inference._stop_after_epochs = 3
+    assert inference._patience == 3
 
 
 def test_surrogates_of_the_likelihood_stop_by_themselves():

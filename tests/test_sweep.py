@@ -133,9 +133,9 @@ def test_numbers_are_parsed():
         ("against_npe_1000_10d", 4 * 4 * 3 * 10),
         ("against_npe_10000", 10 * 4 * 10),
         ("sequential_1000", 2 * 3 * 3),
-        ("fast_1000", 10 * 4 * 3 * 10),
-        ("pooled_1000", 6 * 2 * 10),
-        ("pooled_1000_10d", 4 * 2 * 10),
+        ("fast_1000", 10 * 2 * 3 * 10),
+        ("network_1000", 6 * 2 * 3 * 10),
+        ("network_1000_10d", 4 * 2 * 3 * 10),
         ("single_round_1000", 10 * 11 * 3 * 10),
         ("single_round_10000", 6 * 6 * 3 * 10),
     ],
@@ -147,7 +147,7 @@ def test_sweeps_of_the_repository(name, rows):
     assert len(keys) == len(set(keys)) == rows
     if name == "single_round_1000":
         assert set(sweep.tasks) == set(TASKS)
-        options = {name for name in METHODS if re.search("pooled|fast", name)}
+        options = {name for name in METHODS if re.search("network|fast", name)}
         assert set(sweep.methods) | options == {
             name for name, method in METHODS.items() if method.amortized
         }
