@@ -2,7 +2,6 @@
 
 import csv
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import geometric_mean, mean, stdev
 
@@ -10,6 +9,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 REPORTS = REPOSITORY / "tasks/reports"
 BENCHMARK = REPORTS / "against_npe_1000/results.csv"
 NETWORK = REPORTS / "network_1000/results.csv"
+PRESETS = REPORTS / "presets_1000/rows.csv"
 CALIBRATION = REPORTS / "calibration_1000"
 DENSITY = REPOSITORY / "docs/density/results.csv"
 
@@ -135,9 +135,12 @@ def _with_network_alone() -> Scores:
 def surrogates() -> str:
     """Return C2ST with surrogates of the likelihood and without, the best in bold."""
     values = _with_network_alone()
-    pairs = ("jeffreys_refined", "jeffreys_network_refined"), (
-        "jeffreys",
-        "jeffreys_network",
+    pairs = (
+        ("jeffreys_refined", "jeffreys_network_refined"),
+        (
+            "jeffreys",
+            "jeffreys_network",
+        ),
     )
     means = {
         task: [[_mean(values, task, method) for method in pair] for pair in pairs]
@@ -257,48 +260,39 @@ def density_losses() -> str:
     return table(header, lines)
 
 
-def _ratios(peer: str) -> dict[tuple[str, str], float]:
-    """Return the training time of `jeffreys` over a peer's, of every (task, seed)."""
+def _ratios(variant: str, peer: str) -> list[float]:
+    """Return the training times of a variant over a peer's, one for every task."""
     seconds = {
-        (row["task"], row["seed"], row["method"]): float(row["training_seconds"])
-        for row in read(BENCHMARK)
-        if row["training_seconds"]
+        (row["variant"], row["task"]): float(row["seconds"])
+        for row in read(PRESETS)
+        if row["model"] == "flow"
     }
-    return {
-        (task, seed): seconds[task, seed, "jeffreys"] / value
-        for (task, seed, method), value in seconds.items()
-        if method == peer and (task, seed, "jeffreys") in seconds
-    }
+    tasks = sorted({task for _, task in seconds})
+    return [seconds[variant, task] / seconds[peer, task] for task in tasks]
 
 
 def training_ratio() -> str:
-    """Return the geometric mean over tasks and seeds of the ratio of training times."""
+    """Return the geometric mean over the tasks of the ratio of training times."""
     return " and ".join(
-        f"{geometric_mean(_ratios(peer).values()):.1f} times as long as `{peer}`"
-        for peer in PEERS
+        f"{geometric_mean(_ratios('jeffreys', peer)):.1f} times as long as NPE ({flow})"
+        for flow, peer in (("maf", "npe, maf"), ("nsf", "npe, nsf"))
     )
 
 
 def training_table() -> str:
-    """Return the ratio of training times with its spread over seeds and trainings."""
-    names = sorted({row["seed"] for row in read(BENCHMARK)}, key=int)
-
-    def spread(values: Iterable[float]) -> str:
-        ordered = sorted(values)
-        return f"{ordered[0]:.1f} to {ordered[-1]:.1f}"
-
+    """Return the ratios of training times, with the least and the largest."""
     lines = []
-    for peer in PEERS:
-        ratios = _ratios(peer)
-        of_seeds = [[r for (_, seed), r in ratios.items() if seed == s] for s in names]
-        lines.append([
-            f"`{peer}`",
-            f"**{geometric_mean(ratios.values()):.1f}**",
-            *(f"{geometric_mean(part):.1f}" for part in of_seeds),
-            spread(ratios.values()),
-        ])
-    header = ["over", "all", *(f"seed {name}" for name in names), "single trainings"]
-    return table(header, lines)
+    for variant, name in (("jeffreys", "default"), ("jeffreys, fast", "fast")):
+        for peer in ("npe, maf", "npe, nsf"):
+            ratios = _ratios(variant, peer)
+            lines.append([
+                name,
+                peer.replace("npe, ", "NPE "),
+                f"**{geometric_mean(ratios):.1f}**",
+                f"{min(ratios):.1f} to {max(ratios):.1f}",
+                str(len(ratios)),
+            ])
+    return table(["", "over", "times as long", "single trainings", "tasks"], lines)
 
 
 def substitutions() -> dict[str, str]:
@@ -313,8 +307,8 @@ def substitutions() -> dict[str, str]:
         "training_ratio": training_ratio(),
         "training_table": training_table(),
         "seeds": seeds(read(BENCHMARK)),
-        "surrogate_seeds": seeds(
-            [{"seed": seed} for seed in {key[2] for key in _with_network_alone()}]
-        ),
+        "surrogate_seeds": seeds([
+            {"seed": seed} for seed in {key[2] for key in _with_network_alone()}
+        ]),
         "calibration_seeds": seeds(read(CALIBRATION / "rows.csv")),
     }

@@ -310,7 +310,10 @@ _METHODS: tuple[Method, ...] = (
     ),
     SingleRound(
         NetworkJeffreysNPE,
-        {"jeffreys_network": {}, "jeffreys_network_refined": {"sample_with": "refined"}},
+        {
+            "jeffreys_network": {},
+            "jeffreys_network_refined": {"sample_with": "refined"},
+        },
     ),
     SingleRound(NPE, {"npe_nsf": {}}, density_estimator="nsf"),
     SingleRound(NPE, {"npe_maf": {}}, density_estimator="maf"),

@@ -37,7 +37,10 @@ from torch.utils.data import DataLoader
 from sbi_jeffreys import FixedWeights, JeffreysNPE, NoTracker, objective, refinement
 from sbi_jeffreys.averaging import WeightAverage
 from sbi_jeffreys.energy import ConditionalEnergy
+from sbi_jeffreys.likelihood import SurrogateLikelihoods
+from sbi_jeffreys.pooled_energy import PooledEnergy
 from sbi_jeffreys.residual_flow import ResidualFlow
+from sbi_jeffreys.stages import Stage
 from tasks import get_task
 from tasks.task import Task
 
@@ -115,6 +118,7 @@ PARTS = {
     "densities": "densities of the flow",
     "proxy": "proxy",
     "judged": "proxy without gradients",
+    "likelihoods": "likelihoods",
     "backward": "gradients",
     "step": "step of the optimiser",
     "batches": "batches",
@@ -147,6 +151,9 @@ class ProfiledJeffreysNPE(JeffreysNPE):
                 (refinement, "rsample_and_log_prob", "inversion"),
                 (ResidualFlow, "log_prob", "densities"),
                 (ConditionalEnergy, "forward", "proxy", "judged"),
+                (PooledEnergy, "forward", "proxy", "judged"),
+                (SurrogateLikelihoods, "forward", "likelihoods"),
+                (SurrogateLikelihoods, "loss", "likelihoods"),
                 (torch.Tensor, "backward", "backward"),
                 (torch.autograd, "grad", "backward"),
                 (ProfiledJeffreysNPE, "_step", "step"),  # less the gradients in it
@@ -184,7 +191,7 @@ def time_epochs(
     """
     inference = trainer(kind, task, budget, **kwargs)
     # NPE's epochs are all alike. Tests of convergence must not end a stage of ours
-    # before its third of the epochs.
+    # before its share of the epochs.
     epochs = EPOCHS[budget] // 2 if kind is TimedNPE else EPOCHS[budget]
     inference.train(
         training_batch_size=batch_size,
@@ -213,8 +220,8 @@ def epochs(
 ) -> None:
     """Print seconds per epoch over NPE's."""
     print(
-        "| task | simulations | NPE, ms per epoch | likelihood alone | flow | proxy "
-        "| distillation | all | fast |\n|---|---|---|---|---|---|---|---|---|"
+        "| task | simulations | NPE, ms per epoch | $D_1$ alone | flow | likelihood "
+        "| proxy | distillation | all | fast |\n" + 10 * "|---" + "|"
     )
     for name in tasks:
         for budget in budgets:
@@ -239,8 +246,8 @@ def epochs(
                 )
                 for kind, own in kinds
             )
-            ratios = [alone["all"], *(ours[s] for s in ("flow", "proxy"))]
-            ratios += [ours["distillation"], ours["all"], fast["all"]]
+            ratios = [alone["all"], *(ours[stage.value] for stage in Stage)]
+            ratios += [ours["all"], fast["all"]]
             cells = " | ".join(f"{r / npe['all']:.2f}" for r in ratios)
             print(
                 f"| {name} | {budget} | {1e3 * npe['all']:.0f} | {cells} |", flush=True
