@@ -24,11 +24,11 @@ class Stage(Enum):
     The preset `"fast"` ends with the proxy.
 
     Each ends when its model has not improved on validation simulations for
-    `stop_after_epochs`, or, where an epoch has more than twenty steps, for 400 steps and
-    five epochs (a flow that the user has named has `stop_after_epochs` always), and the
-    next begins with the best of it. A proxy that learns
-    beside a poor flow gets its partition function from samples that miss it, and a flow
-    that follows a poor proxy is dragged away.
+    `stop_after_epochs`, and the next begins with the best of it. Where an epoch has
+    more than twenty steps, 400 steps or five epochs without improvement are enough,
+    except for a flow that the user has named. A proxy that learns beside a poor flow
+    gets its partition function from samples that miss it, and a flow that follows a
+    poor proxy is dragged away.
     """
 
     FLOW = "flow"
