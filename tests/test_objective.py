@@ -194,7 +194,7 @@ def line(request):
     prior = BoxUniform(-2 * torch.ones(1), 2 * torch.ones(1))
     limit = 2
     if request.param == "normal":
-        prior, limit = MultivariateNormal(torch.zeros(1), torch.eye(1)), 8
+        prior, limit = MultivariateNormal(torch.zeros(1), torch.eye(1)), 5
     simulated = prior.sample((300,))
     outputs = simulated + 0.5 * torch.randn(300, 1)
     proxy = energy_nn(20, 1, likelihood="none")(simulated, outputs, prior).eval()
