@@ -234,10 +234,12 @@ def test_the_readme_says_what_the_rows_say(c2st, with_surrogates, training_ratio
     for method, name in (("jeffreys_refined", "refined"), ("npe_nsf", "NPE (nsf)")):
         values = [f"{value:.3f}" for value in by_seed[method]]
         assert f"{name} {', '.join(values[:-1])} and {values[-1]}" in readme
-    # Where the refined posterior does not lose.
+    # Where the refined posterior loses.
     by_task = c2st.groupby(["task", "seed"]).mean()
-    for peer in ("npe_maf", "npe_nsf"):
-        assert (by_task["jeffreys_refined"] < by_task[peer]).all()
+    for peer, losses in (("npe_maf", []), ("npe_nsf", [("slcp_distractors", 202)])):
+        loss = by_task["jeffreys_refined"] - by_task[peer]
+        assert list(loss[loss > 0].index) == losses
+    assert "worse than NPE (nsf), by 0.001, with one of two seeds" in readme
 
 
 def test_the_page_on_rounds_says_what_the_rows_say():
