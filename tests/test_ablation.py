@@ -50,7 +50,7 @@ def estimator():
 
 def test_loss_of_a_proxy_without_energy_is_the_priors(estimator):
     prior, theta, x, network = estimator
-    torch.nn.init.zeros_(network.proxy.net.final_layer.weight)
+    network.proxy.weights.zero_()
     loss = held_out_losses(network, prior, theta, x)["proxy"]
     # log Z is zero but for the error of 600 samples.
     assert loss.mean().item() == pytest.approx(math.log(4), abs=0.05)
