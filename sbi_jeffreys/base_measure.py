@@ -233,6 +233,10 @@ def make_base_measure(
     prior = deepcopy(prior)
     if isinstance(prior, RestrictedPrior):
         prior = _RestrictedReference(prior)
+    with torch.random.fork_rng(devices=[]):
+        device = prior.sample(torch.Size((1,))).device
+    if device != theta.device:  # sbi builds on the CPU what it trains elsewhere
+        prior = move_distribution_to_device(prior, theta.device)
     measure = PriorMeasure if name == "prior" else LebesgueMeasure
     return measure(prior, theta)
 

@@ -373,3 +373,33 @@ def test_simulations_outside_the_prior_end_nothing():
     prior = BoxUniform(torch.zeros(2), torch.ones(2))
     base = make_base_measure("prior", prior, 5 + torch.rand(20, 2))
     assert (base.log_prob(torch.rand(50, 2)) == 0).all()
+
+
+class Elsewhere(Independent):
+    """A prior on a device without data, until it is moved."""
+
+    def __init__(self):
+        super().__init__(Normal(torch.zeros(2), torch.ones(2)), 1)
+        self.device = "meta"
+
+    def to(self, device):
+        self.device = str(device)
+
+    def sample(self, sample_shape=torch.Size()):
+        return super().sample(sample_shape).to(self.device)
+
+    def log_prob(self, value):
+        assert str(value.device) == self.device, "data on two devices"
+        return super().log_prob(value)
+
+
+@pytest.mark.parametrize("name", ["prior", "lebesgue"])
+def test_the_measure_is_where_the_parameters_are(name):
+    """sbi builds networks on the CPU, while the prior is where they are trained."""
+    prior, theta = Elsewhere(), torch.randn(50, 2)
+    before = torch.random.get_rng_state()
+    base = make_base_measure(name, prior, theta)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert prior.device == "meta"  # the user's own has not been moved
+    assert base.log_prob(theta).isfinite().all()
+    assert base.sample(3, 4).device == theta.device
