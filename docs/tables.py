@@ -14,6 +14,11 @@ CALIBRATION = REPORTS / "calibration_1000"
 DENSITY = REPOSITORY / "docs/density/results.csv"
 
 PEERS = ("npe_maf", "npe_nsf")
+# With surrogates of the likelihood and without, of each posterior.
+SURROGATES = {
+    "refined": ("jeffreys_refined", "jeffreys_network_refined"),
+    "flow": ("jeffreys", "jeffreys_network"),
+}
 # A loss below this shows as one of 0.000.
 SHOWN = 0.0005
 
@@ -135,28 +140,16 @@ def _with_network_alone() -> Scores:
 def surrogates() -> str:
     """Return C2ST with surrogates of the likelihood and without, the best in bold."""
     values = _with_network_alone()
-    pairs = (
-        ("jeffreys_refined", "jeffreys_network_refined"),
-        (
-            "jeffreys",
-            "jeffreys_network",
-        ),
-    )
-    means = {
-        task: [[_mean(values, task, method) for method in pair] for pair in pairs]
-        for task in _tasks(values)
-    }
-    means["mean"] = [
-        [mean(of_task[k][i] for of_task in means.values()) for i in range(2)]
-        for k in range(2)
-    ]
+    tasks = _tasks(values)
+    methods = [method for pair in SURROGATES.values() for method in pair]
+    means = [[_mean(values, task, method) for method in methods] for task in tasks]
+    means.append([mean(column) for column in zip(*means, strict=True)])
     lines = []
-    for name, of_pairs in means.items():
-        cells = []
-        for pair in of_pairs:
-            texts = [f"{value:.3f}" for value in pair]
-            best = min(texts) if len(set(texts)) > 1 else None
-            cells += [f"**{text}**" if text == best else text for text in texts]
+    for name, of_methods in zip([*tasks, "mean"], means, strict=True):
+        cells = [f"{value:.3f}" for value in of_methods]
+        for pair in (slice(0, 2), slice(2, 4)):
+            best = min(cells[pair]) if len(set(cells[pair])) > 1 else None
+            cells[pair] = [f"**{c}**" if c == best else c for c in cells[pair]]
         lines.append([name if name == "mean" else f"`{name}`", *cells])
     header = ["", "refined", "refined, without", "flow", "flow, without"]
     return table(header, lines)
@@ -166,10 +159,7 @@ def surrogate_losses() -> str:
     """Return where the surrogates of the likelihood made C2ST worse."""
     values = _with_network_alone()
     lines = []
-    for ours, alone, name in (
-        ("jeffreys_refined", "jeffreys_network_refined", "refined"),
-        ("jeffreys", "jeffreys_network", "flow"),
-    ):
+    for name, (ours, alone) in SURROGATES.items():
         for task in _tasks(values):
             differences = _differences(values, task, ours, alone, by=2)
             if mean(differences) >= SHOWN:
