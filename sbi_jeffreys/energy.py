@@ -5,6 +5,7 @@ r"""The proxy: a conditional energy-based model of the posterior.
 
 """
 
+import math
 from typing import Callable, Optional
 
 import torch
@@ -23,16 +24,23 @@ from sbi_jeffreys.partition import (
     log_mixture,
 )
 
+LOG_TWO = math.log(2)
+
 
 class EnergyNet(nn.Module):
-    r"""Residual network for $f_\psi(\theta, x)$.
+    r"""Residual network for $f_\psi(\theta, x) = \log 2 \sigma(h)$.
+
+    The logistic function $\sigma$ of what the last layer returns bounds the proxy,
+    $q < 2 b / Z$. Without a bound, a network that overfits has energies of minus
+    hundreds at places that none of the samples behind $Z$ has found, and there nearly
+    all of its mass.
 
     Its inputs are the standardised parameters $z$, their residual coordinates
     $u(\theta, x)$ and the condition. With $u$ a network of $x$ and $\theta$ need not
     find from few simulations where the posterior is, only what its shape is.
     The condition enters the first layer and is embedded once for all parameters that
     it is paired with. The last layer starts at zero, so that the proxy starts as its
-    base measure, and has no bias, which $Z$ would cancel.
+    base measure.
 
     Args:
         coordinates: Residual coordinates of the parameters.
@@ -94,7 +102,8 @@ class EnergyNet(nn.Module):
         hidden = self.theta_layer(inputs) + self.x_layer(embedded)
         for block in self.blocks:
             hidden = block(hidden)
-        return self.final_layer(self.activation(hidden)).squeeze(-1)
+        h = self.final_layer(self.activation(hidden)).squeeze(-1)
+        return F.logsigmoid(h) + LOG_TWO
 
 
 class ConditionDropout(nn.Module):

@@ -91,9 +91,12 @@ NUM_VALIDATION_SIMULATIONS = 500
 VALIDATION_MULTIPLE = 8
 # The set of proposal samples that the proxy learns with, while the flow stands still,
 # holds so many of the flow's for every simulation, from which a step draws at random,
-# as long as that does not fill the memory. With fewer the proxy overfits to them.
+# as long as that does not fill the memory. With fewer the proxy overfits to them, and
+# so it does with any that stay for long: its mass goes where there is none. They are
+# drawn anew when each has been used about so many times.
 NUM_POOL_SAMPLES = 64
 MAX_POOL_SIZE = 4_000_000
+NUM_PROPOSAL_USES = 5
 # Samples of the proxy that the flow learns from: so many are drawn for every simulation
 # among the proposals that the proxy has learnt with, and after so many epochs among
 # twice a step's samples of the flow as it is then; so many are used in a step. Those at
@@ -708,7 +711,7 @@ class JeffreysNPE(NPE):
         estimator = self._estimator
         self._restore_best()
         if self._stage is Stage.PROXY:  # ended early
-            self._weigh_factors()
+            self._judge_proxy_afresh()
         self._best_val_loss = self._best["flow"][3]
         if not math.isfinite(self._best_val_loss):
             self._forget_training()
@@ -845,6 +848,11 @@ class JeffreysNPE(NPE):
         epoch_of_stage = self.epoch - self._stage_start
         if epoch_of_stage > 0 and epoch_of_stage % DISTILLATION_EPOCHS == 0:
             self._proxy_samples.pop("training", None)
+        if self._stage is Stage.PROXY and "training" in self._proposals:
+            num_in_pool = len(self._proposals["training"].log_ratio)
+            num_epochs = NUM_PROPOSAL_USES * num_in_pool
+            if epoch_of_stage % (num_epochs // self.objective.num_flow_samples) == 0:
+                del self._proposals["training"]
         for model in self._standing_still:
             model.eval()  # what is drawn and normalised in passing stands still, too
         for group in self.optimizer.param_groups:
@@ -1329,7 +1337,7 @@ class JeffreysNPE(NPE):
                 getattr(self._estimator, name).load_state_dict(self._best[name][2])
         self._restore_best_likelihoods()
         if self._stage is Stage.PROXY:
-            self._weigh_factors()
+            self._judge_proxy_afresh()
         self._stage, self._stage_start = following, self.epoch
         self._is_new = False
         self.optimizer.state.clear()
@@ -1346,15 +1354,21 @@ class JeffreysNPE(NPE):
             if self._proxy_share > 0:  # else the flows are compared as before
                 del self._best["flow"]
 
-    def _weigh_factors(self) -> None:
-        """Weigh the factors of the best proxy, and keep that if it is better."""
-        proxy = self._estimator.proxy
-        if not isinstance(proxy, PooledEnergy) or "proxy" not in self._best:
+    def _judge_proxy_afresh(self) -> None:
+        """Weigh the factors of the best proxy, and judge it, with other samples.
+
+        Those that chose it among all epochs see it too well: where an energy has a
+        hole that none of them has found, they see nothing.
+        """
+        if "proxy" not in self._best:
             return
         self._estimator.eval()
-        self._choose_weights(proxy)
+        self._proposals.pop("validation", None)
+        proxy = self._estimator.proxy
+        if isinstance(proxy, PooledEnergy):
+            self._choose_weights(proxy)
+        del self._best["proxy"]
         self._validate(*self._validation)
-        proxy.load_state_dict(self._best["proxy"][2])
 
     @torch.no_grad()
     def _choose_weights(self, proxy: PooledEnergy) -> None:
@@ -1368,9 +1382,8 @@ class JeffreysNPE(NPE):
             log_prior = self._prior.log_prob(points.flatten(0, 1))  # type: ignore[union-attr]
             log_base = proxy.base.log_prob(points) - log_prior.reshape(points.shape[:2])
         else:
-            proposals = self._proposals.get("validation")
-            if proposals is None:  # dataloaders of the user's
-                proposals = self._draw_proposals(x, VALIDATION_MULTIPLE)
+            proposals = self._draw_proposals(x, VALIDATION_MULTIPLE)
+            self._proposals["validation"] = proposals
             points = torch.cat((theta.unsqueeze(0), proposals.theta))
             num_flow = len(proposals.log_ratio)
             log_weights = proxy.base.log_prob(theta) - log_mixture(

@@ -44,7 +44,7 @@ def test_it_starts_as_its_base_measure():
     points = torch.stack((theta, theta.roll(1, 0), 3 + theta))
     f = proxy(points, x)
     assert f.shape == (3, 7)
-    assert (f == 0).all()
+    torch.testing.assert_close(f, torch.zeros(3, 7))
     log_q = proxy.log_prob(points, x, num_samples=50)
     expected = PRIOR.log_prob(points.reshape(-1, 2)).reshape(3, 7)
     torch.testing.assert_close(log_q, expected)
@@ -203,7 +203,8 @@ def test_network_is_its_formula(embedding):
     hidden = hidden + embedded @ net.x_layer.weight.T
     for block in net.blocks:
         hidden = block(hidden)
-    expected = nn.functional.silu(hidden) @ net.final_layer.weight[0]
+    h = nn.functional.silu(hidden) @ net.final_layer.weight[0]
+    expected = (2 * torch.sigmoid(h)).log()
     torch.testing.assert_close(
         proxy(theta[None, :4], x[:4])[0], expected, atol=1e-4, rtol=1e-4
     )
@@ -224,6 +225,17 @@ def test_energy_is_bounded_far_away():
         )
     torch.testing.assert_close(far, farther, atol=1e-3, rtol=0)
     assert (far - near).abs().median() > 0.1  # not flat
+
+
+def test_no_energy_is_much_lower_than_at_first():
+    """Or nearly all of the mass could be where no sample has been."""
+    theta, x = simulations(200)
+    proxy = randomize(build())
+    with torch.no_grad():
+        proxy.net.final_layer.weight *= 1000
+        f = proxy(theta[None], x)
+    assert f.max() <= math.log(2) + 1e-6
+    assert f.min() < -100
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])

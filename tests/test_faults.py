@@ -507,7 +507,7 @@ STAGES = [
     (JeffreysNPE, "_validate_epoch"),
     (JeffreysNPE, "_keep_best"),
     (JeffreysNPE, "_keep_best_likelihoods"),
-    (JeffreysNPE, "_weigh_factors"),
+    (JeffreysNPE, "_judge_proxy_afresh"),
     (JeffreysNPE, "_summarize_epoch"),
     (JeffreysNPE, "_check_epoch"),
     (JeffreysNPE, "_maybe_show_progress"),
