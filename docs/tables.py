@@ -8,6 +8,8 @@ from statistics import geometric_mean, mean, stdev
 REPOSITORY = Path(__file__).resolve().parents[1]
 REPORTS = REPOSITORY / "tasks/reports"
 BENCHMARK = REPORTS / "against_npe_1000/results.csv"
+# The default before energies had a bound, and that without surrogates then.
+UNBOUNDED = REPORTS / "unbounded_1000/results.csv"
 NETWORK = REPORTS / "network_1000/results.csv"
 PRESETS = REPORTS / "presets_1000/rows.csv"
 CALIBRATION = REPORTS / "calibration_1000"
@@ -132,14 +134,32 @@ def losses() -> str:
 
 def _with_network_alone() -> Scores:
     """Return C2ST with surrogates and without, of the seeds that both have."""
-    values, alone = scores(read(BENCHMARK)), scores(read(NETWORK))
+    values, alone = scores(read(UNBOUNDED)), scores(read(NETWORK))
     both = {key[2] for key in values} & {key[2] for key in alone}
     return {key: v for key, v in {**values, **alone}.items() if key[2] in both}
 
 
 def surrogates() -> str:
     """Return C2ST with surrogates of the likelihood and without, the best in bold."""
-    values = _with_network_alone()
+    return _beside(_with_network_alone(), "without")
+
+
+def _with_unbounded() -> Scores:
+    """Return C2ST of bounded energies and, as `jeffreys_network`, of unbounded ones."""
+    values, before = scores(read(BENCHMARK)), scores(read(UNBOUNDED))
+    result = {key: v for key, v in values.items() if key in before}
+    for (task, method, *rest), value in before.items():
+        name = method.replace("jeffreys", "jeffreys_network")
+        result[(task, name, *rest)] = value
+    return result
+
+
+def bound() -> str:
+    """Return C2ST of bounded energies and of unbounded ones, the best in bold."""
+    return _beside(_with_unbounded(), "before")
+
+
+def _beside(values: Scores, of_the_other: str) -> str:
     tasks = _tasks(values)
     methods = [method for pair in SURROGATES.values() for method in pair]
     means = [[_mean(values, task, method) for method in methods] for task in tasks]
@@ -151,8 +171,8 @@ def surrogates() -> str:
             best = min(cells[pair]) if len(set(cells[pair])) > 1 else None
             cells[pair] = [f"**{c}**" if c == best else c for c in cells[pair]]
         lines.append([name if name == "mean" else f"`{name}`", *cells])
-    header = ["", "refined", "refined, without", "flow", "flow, without"]
-    return table(header, lines)
+    header = ["", "refined", f"refined, {of_the_other}", "flow"]
+    return table([*header, f"flow, {of_the_other}"], lines)
 
 
 def surrogate_losses() -> str:
@@ -291,12 +311,14 @@ def substitutions() -> dict[str, str]:
         "c2st_table": c2st(),
         "loss_table": losses(),
         "surrogate_table": surrogates(),
+        "bound_table": bound(),
         "surrogate_loss_table": surrogate_losses(),
         "calibration_loss_table": calibration_losses(),
         "density_loss_table": density_losses(),
         "training_ratio": training_ratio(),
         "training_table": training_table(),
         "seeds": seeds(read(BENCHMARK)),
+        "bound_seeds": seeds(read(UNBOUNDED)),
         "surrogate_seeds": seeds([
             {"seed": seed} for seed in {key[2] for key in _with_network_alone()}
         ]),

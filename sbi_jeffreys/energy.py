@@ -28,7 +28,7 @@ LOG_TWO = math.log(2)
 
 
 class EnergyNet(nn.Module):
-    r"""Residual network for $f_\psi(\theta, x) = \log 2 \sigma(h)$.
+    r"""Residual network for $f_\psi(\theta, x) = \log (2 \sigma(h))$.
 
     The logistic function $\sigma$ of what the last layer returns bounds the proxy,
     $q < 2 b / Z$. Without a bound, a network that overfits has energies of minus

@@ -84,11 +84,18 @@ def c2st():
 
 
 @pytest.fixture(scope="module")
-def with_surrogates(c2st):
-    """C2ST of the default beside that without surrogates, of the seeds of both."""
+def unbounded():
+    """C2ST of the default before energies had a bound."""
+    rows = pd.read_csv(REPORTS / "unbounded_1000/results.csv")
+    return rows.pivot_table("c2st", ["task", "seed", "observation"], "method")
+
+
+@pytest.fixture(scope="module")
+def with_surrogates(unbounded):
+    """C2ST of that default beside that without surrogates, of the seeds of both."""
     rows = pd.read_csv(REPORTS / "network_1000/results.csv")
     alone = rows.pivot_table("c2st", ["task", "seed", "observation"], "method")
-    return c2st.join(alone, how="inner")
+    return unbounded.join(alone, how="inner")
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +214,20 @@ def test_the_table_of_the_surrogates_is_that_of_the_rows(site, with_surrogates):
     shown = rows_of(site / "how_to/networks.html")
     for task, means in expected.iterrows():
         assert [task, *(f"{mean:.3f}" for mean in means)] in shown
+
+
+def test_the_table_of_the_bound_is_that_of_the_rows(site, c2st, unbounded):
+    both = c2st.join(unbounded, how="inner", rsuffix=" before")
+    expected = both.groupby("task").mean()
+    expected.loc["mean"] = expected.mean()
+    shown = rows_of(site / "how_to/networks.html")
+    for task, means in expected.iterrows():
+        cells = [
+            f"{means[method + when]:.3f}"
+            for method in ("jeffreys_refined", "jeffreys")
+            for when in ("", " before")
+        ]
+        assert [task, *cells] in shown
 
 
 def test_the_readme_says_what_the_rows_say(c2st, with_surrogates, training_ratios):

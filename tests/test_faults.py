@@ -2,8 +2,13 @@
 
 import errno
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -496,6 +501,57 @@ class Interrupter:
             return result
 
         self.monkeypatch.setattr(owner, name, interrupting)
+
+
+INTERRUPTED = """
+import os, signal, torch
+from torch.distributions import MultivariateNormal
+from sbi_jeffreys import JeffreysNPE, NoTracker
+
+prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
+theta = prior.sample((200,))
+inference = JeffreysNPE(prior, "maf", tracker=NoTracker(), show_progress_bars=False)
+inference.append_simulations(theta, theta + torch.randn(200, 2))
+show = inference._maybe_show_progress
+def showing(show_bars, epoch):
+    show(show_bars, epoch)
+    if epoch == 5:
+        print("five", flush=True)
+inference._maybe_show_progress = showing
+estimator = inference.train()
+print(len(inference.summary["stage"]))
+inference.save("fit.pt")
+posterior = inference.build_posterior()
+samples = posterior.sample((3,), x=torch.zeros(1, 2), show_progress_bars=False)
+print(samples.isfinite().all().item())
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_from_outside(tmp_path):
+    """The signal itself, whenever it comes, to a process that trains."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )
+    assert process.stdout is not None
+    while process.stdout.readline() not in ("five\n", ""):
+        pass
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Training was interrupted after" in errors
+    num_epochs, is_finite = output.split()[-2:]
+    assert 5 <= int(num_epochs) < 100
+    assert is_finite == "True"
+    assert [path.name for path in tmp_path.iterdir()] == ["fit.pt"]
+    saved = JeffreysNPE(GAUSSIAN, "maf", tracker=NoTracker())
+    saved.load(tmp_path / "fit.pt")
+    assert saved.summary["epochs_trained"] == [int(num_epochs)]
 
 
 # Every stage of building, training, validating and ending.
