@@ -230,7 +230,9 @@ def test_the_table_of_the_bound_is_that_of_the_rows(site, c2st, unbounded):
         assert [task, *cells] in shown
 
 
-def test_the_readme_says_what_the_rows_say(c2st, with_surrogates, training_ratios):
+def test_the_readme_says_what_the_rows_say(
+    c2st, unbounded, with_surrogates, training_ratios
+):
     readme = " ".join((ROOT / "README.md").read_text().split())
     for (_, flow), ratios in training_ratios.items():
         ratio = geometric_mean(ratios)
@@ -257,10 +259,18 @@ def test_the_readme_says_what_the_rows_say(c2st, with_surrogates, training_ratio
         assert f"{name} {', '.join(values[:-1])} and {values[-1]}" in readme
     # Where the refined posterior loses.
     by_task = c2st.groupby(["task", "seed"]).mean()
-    for peer, losses in (("npe_maf", []), ("npe_nsf", [("slcp_distractors", 202)])):
+    lost = [("slcp_distractors", 202)]
+    for peer, losses in (("npe_maf", []), ("npe_nsf", lost), ("jeffreys", lost)):
         loss = by_task["jeffreys_refined"] - by_task[peer]
         assert list(loss[loss > 0].index) == losses
-    assert "worse than NPE (nsf), by 0.001, with one of two seeds" in readme
+    assert f"by {loss.max():.4f}, and nowhere else" in readme
+    both = c2st.join(unbounded["jeffreys"], how="inner", rsuffix=" before")
+    bounded = both["jeffreys_refined"].groupby("task").mean().mean()
+    assert (
+        f"fresh samples to learn with and to be judged by, takes it to {bounded:.3f}"
+        in readme
+    )
+    assert "worse than NPE (nsf), by 0.001, with one of three seeds" in readme
 
 
 def test_the_page_on_rounds_says_what_the_rows_say():
