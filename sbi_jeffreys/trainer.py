@@ -1364,11 +1364,20 @@ class JeffreysNPE(NPE):
             return
         self._estimator.eval()
         self._proposals.pop("validation", None)
-        proxy = self._estimator.proxy
-        if isinstance(proxy, PooledEnergy):
-            self._choose_weights(proxy)
-        del self._best["proxy"]
-        self._validate(*self._validation)
+        proxy, best = self._estimator.proxy, self._best.pop("proxy")
+        try:
+            if isinstance(proxy, PooledEnergy):
+                self._choose_weights(proxy)
+            self._validate(*self._validation)
+        except NUMERICAL_ERRORS as err:  # must not cost the networks
+            self._best["proxy"] = best
+            proxy.load_state_dict(best[2])
+            warnings.warn(
+                f"The flow cannot be sampled at the validation simulations ({err!r}), "
+                "so that the proxy is left as its network alone. Look for extreme "
+                "values in theta and x, and try a lower learning_rate.",
+                stacklevel=6,
+            )
 
     @torch.no_grad()
     def _choose_weights(self, proxy: PooledEnergy) -> None:

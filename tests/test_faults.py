@@ -503,6 +503,31 @@ class Interrupter:
         self.monkeypatch.setattr(owner, name, interrupting)
 
 
+def test_a_flow_that_cannot_be_sampled_costs_the_pool_alone():
+    """The proxy is judged once more at the end of its stage."""
+    inference = make()
+    judge, draw = inference._judge_proxy_afresh, inference._draw_proposals
+    states = []
+
+    def judging():
+        def failing(*args):
+            raise AssertionError("inputs.min() < 0")
+
+        states.append(inference._best["proxy"])
+        inference._draw_proposals = failing
+        judge()
+        states.append(inference._best["proxy"])
+        inference._draw_proposals = draw
+
+    inference._judge_proxy_afresh = judging
+    with pytest.warns(UserWarning, match="proxy is left as its network alone"):
+        train(inference, 12, simulate())
+    assert states[0] is states[1]
+    assert_sound(inference)
+    weights = inference._neural_net.proxy.weights
+    assert weights.tolist() == [1.0, *[0.0] * (len(weights) - 1)]
+
+
 INTERRUPTED = """
 import os, signal, torch
 from torch.distributions import MultivariateNormal

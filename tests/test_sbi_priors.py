@@ -230,7 +230,7 @@ def test_without_a_prior_the_measure_is_lebesgues():
     x = theta + 0.3 * torch.randn(400, 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        inference = train(None, theta, x, max_num_epochs=20)
+        inference = train(None, theta, x, max_num_epochs=40)
     said = [str(w.message) for w in caught if "Lebesgue measure" in str(w.message)]
     assert len(said) == 1  # once, and in clear
     assert "No prior was given" in said[0]
