@@ -16,8 +16,8 @@ class Stage(Enum):
       `sbi_jeffreys.likelihood`. Left out where it has none.
     - `PROXY`: $\lambda_2 \mathrm{KL}(p \Vert q) + \lambda_3 \mathrm{KL}(\pi \Vert q)$
       over the proxy's own network, with samples of the flow that serve for several
-      epochs.
-      At its end the proxy's factors are weighed, see `sbi_jeffreys.pooled_energy`.
+      epochs. At its end the proxy's factors are weighed, see
+      `sbi_jeffreys.pooled_energy`.
     - `DISTILLATION`: $\lambda_1 \mathrm{KL}(\pi \Vert p) + \lambda_2 \beta \tau \,
       [\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)]$ over the flow. Where the proxy
       has surrogates of the likelihood, the first term has the weight $1 - \beta \tau$.

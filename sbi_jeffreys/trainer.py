@@ -1373,9 +1373,7 @@ class JeffreysNPE(NPE):
             self._best["proxy"] = best
             proxy.load_state_dict(best[2])
             warnings.warn(
-                f"The flow cannot be sampled at the validation simulations ({err!r}), "
-                "so that the proxy is left as its network alone. Look for extreme "
-                "values in theta and x, and try a lower learning_rate.",
+                _cannot_be_sampled(err, "the proxy is left as its network alone"),
                 stacklevel=6,
             )
 
@@ -1599,9 +1597,7 @@ class JeffreysNPE(NPE):
             )
         except NUMERICAL_ERRORS as err:  # must not cost the networks
             warnings.warn(
-                f"The flow cannot be sampled at the validation simulations ({err!r}), "
-                "so that the refined posterior is left as the flow's. Look for extreme "
-                "values in theta and x, and try a lower learning_rate.",
+                _cannot_be_sampled(err, "the refined posterior is left as the flow's"),
                 stacklevel=6,
             )
             return 0.0
@@ -1680,6 +1676,14 @@ def _as_weights(weights: Union[str, Weights]) -> Weights:
             f"{weights!r}."
         )
     return named[weights]()
+
+
+def _cannot_be_sampled(error: Exception, consequence: str) -> str:
+    return (
+        f"The flow cannot be sampled at the validation simulations ({error!r}), so "
+        f"that {consequence}. Look for extreme values in theta and x, and try a lower "
+        "learning_rate."
+    )
 
 
 def _likelihood_name(index: int) -> str:

@@ -529,7 +529,7 @@ def test_a_flow_that_cannot_be_sampled_costs_the_pool_alone():
 
 
 INTERRUPTED = """
-import os, signal, torch
+import torch
 from torch.distributions import MultivariateNormal
 from sbi_jeffreys import JeffreysNPE, NoTracker
 
