@@ -16,10 +16,15 @@ CALIBRATION = REPORTS / "calibration_1000"
 DENSITY = REPOSITORY / "docs/density/results.csv"
 
 PEERS = ("npe_maf", "npe_nsf")
-# With surrogates of the likelihood and without, of each posterior.
-SURROGATES = {
+# Posteriors of a training, each with the one that it is compared with.
+Pairs = dict[str, tuple[str, str]]
+SURROGATES: Pairs = {
     "refined": ("jeffreys_refined", "jeffreys_network_refined"),
     "flow": ("jeffreys", "jeffreys_network"),
+}
+BOUND: Pairs = {
+    "refined": ("jeffreys_refined", "jeffreys_refined before"),
+    "flow": ("jeffreys", "jeffreys before"),
 }
 # A loss below this shows as one of 0.000.
 SHOWN = 0.0005
@@ -141,27 +146,28 @@ def _with_network_alone() -> Scores:
 
 def surrogates() -> str:
     """Return C2ST with surrogates of the likelihood and without, the best in bold."""
-    return _beside(_with_network_alone(), "without")
+    return _beside(_with_network_alone(), SURROGATES, "without")
 
 
 def _with_unbounded() -> Scores:
-    """Return C2ST of bounded energies and, as `jeffreys_network`, of unbounded ones."""
-    values, before = scores(read(BENCHMARK)), scores(read(UNBOUNDED))
-    result = {key: v for key, v in values.items() if key in before}
-    for (task, method, *rest), value in before.items():
-        name = method.replace("jeffreys", "jeffreys_network")
-        result[(task, name, *rest)] = value
-    return result
+    """Return C2ST of bounded energies and unbounded ones, on the same simulations."""
+    now, before = scores(read(BENCHMARK)), scores(read(UNBOUNDED))
+    unbounded = {
+        (task, f"{method} before", *rest): value
+        for (task, method, *rest), value in before.items()
+    }
+    return {key: now[key] for key in before} | unbounded
 
 
 def bound() -> str:
     """Return C2ST of bounded energies and of unbounded ones, the best in bold."""
-    return _beside(_with_unbounded(), "before")
+    return _beside(_with_unbounded(), BOUND, "before")
 
 
-def _beside(values: Scores, of_the_other: str) -> str:
+def _beside(values: Scores, pairs: Pairs, of_the_other: str) -> str:
+    """Return C2ST of the posteriors of each pair, the best of it in bold."""
     tasks = _tasks(values)
-    methods = [method for pair in SURROGATES.values() for method in pair]
+    methods = [method for pair in pairs.values() for method in pair]
     means = [[_mean(values, task, method) for method in methods] for task in tasks]
     means.append([mean(column) for column in zip(*means, strict=True)])
     lines = []
@@ -171,8 +177,8 @@ def _beside(values: Scores, of_the_other: str) -> str:
             best = min(cells[pair]) if len(set(cells[pair])) > 1 else None
             cells[pair] = [f"**{c}**" if c == best else c for c in cells[pair]]
         lines.append([name if name == "mean" else f"`{name}`", *cells])
-    header = ["", "refined", f"refined, {of_the_other}", "flow"]
-    return table([*header, f"flow, {of_the_other}"], lines)
+    header = [cell for name in pairs for cell in (name, f"{name}, {of_the_other}")]
+    return table(["", *header], lines)
 
 
 def surrogate_losses() -> str:
