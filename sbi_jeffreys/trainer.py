@@ -1369,6 +1369,8 @@ class JeffreysNPE(NPE):
             if isinstance(proxy, PooledEnergy):
                 self._choose_weights(proxy)
             self._validate(*self._validation)
+            score, _, state, loss = self._best["proxy"]
+            self._best["proxy"] = (score, best[1], state, loss)  # of its epoch still
         except NUMERICAL_ERRORS as err:  # must not cost the networks
             self._best["proxy"] = best
             proxy.load_state_dict(best[2])
