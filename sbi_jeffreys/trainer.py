@@ -34,6 +34,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from sbi_jeffreys.atomic import atomic_proxy_loss
+from sbi_jeffreys.autoregressive import invert_in_one_pass
 from sbi_jeffreys.averaging import WeightAverage
 from sbi_jeffreys.candidates import FlowCandidates, build_candidates
 from sbi_jeffreys.checks import check_prior, check_simulations
@@ -616,6 +617,7 @@ class JeffreysNPE(NPE):
 
     def _build_estimator(self, theta: Tensor, x: Tensor) -> JeffreysEstimator:
         flow = self._build_flow(theta, x)
+        invert_in_one_pass(flow)
         finite = x.flatten(1).isfinite().all(1)
         if finite.any():
             check_has_rsample(flow, x[finite][:3])
