@@ -75,6 +75,7 @@ from sbi_jeffreys.pooled_energy import PooledEnergy, choose_weights
 from sbi_jeffreys.posterior import RefinedPosterior
 from sbi_jeffreys.refinement import as_atoms, choose_exponent
 from sbi_jeffreys.residual_flow import ResidualFlow, build_residual_flow
+from sbi_jeffreys.spline import evaluate_one_bin
 from sbi_jeffreys.stages import Stage
 from sbi_jeffreys.tracking import NoTracker
 from sbi_jeffreys.weights import (
@@ -618,6 +619,7 @@ class JeffreysNPE(NPE):
     def _build_estimator(self, theta: Tensor, x: Tensor) -> JeffreysEstimator:
         flow = self._build_flow(theta, x)
         invert_in_one_pass(flow)
+        evaluate_one_bin(flow)
         finite = x.flatten(1).isfinite().all(1)
         if finite.any():
             check_has_rsample(flow, x[finite][:3])
