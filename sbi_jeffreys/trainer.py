@@ -867,14 +867,16 @@ class JeffreysNPE(NPE):
         means = []
         first = epoch_of_stage * len(train_loader)
         for step, batch in enumerate(train_loader, start=first):
-            divergences = self._divergences(batch, train_loader, loss_args)
+            if self._stage is Stage.DISTILLATION:
+                divergences, of_models = self._divergences_of_flow(
+                    batch, train_loader, loss_args, step % REVERSE_INTERVAL == 0
+                )
+            else:
+                divergences = self._divergences(batch, train_loader, loss_args)
+                of_models = 0.0
             if divergences.forward_kl is not None:
                 assert_all_finite(divergences.forward_kl, "JeffreysNPE loss")
-            lagrangian = self._lagrangian(divergences)
-            if self._stage is Stage.DISTILLATION:
-                lagrangian = lagrangian + self._divergences_of_models(
-                    batch, train_loader, step % REVERSE_INTERVAL == 0
-                )
+            lagrangian = self._lagrangian(divergences) + of_models
             kernel = self._calibration(batch[1].to(self._device), loss_args)
             if self._step((kernel * lagrangian).mean(), clip_max_norm):
                 self._average.update()
@@ -1033,27 +1035,37 @@ class JeffreysNPE(NPE):
         """The weight of the divergence from the proxy that the flow lowers."""
         return self._weights.dual_variables[1].item() * self._weights.flow_share
 
-    def _divergences_of_models(
+    def _divergences_of_flow(
         self,
         batch: Sequence[Tensor],
         loader: DataLoader,
+        loss_args: Optional[LossArgs],
         with_reverse_kl: bool,
-    ) -> Tensor:
-        """Return the divergences of the models from each other, weighted."""
+    ) -> Tuple[Divergences, Tensor]:
+        """Return what the flow lowers in the last stage.
+
+        Returns:
+            The divergence from the simulations, and those of the models from each
+            other, weighted.
+        """
+        flow, objective = self._estimator.flow, self.objective
         if self._flow_weight == 0:
-            return torch.zeros(len(batch[0]), device=self._device)
-        estimator, objective = self._estimator, self.objective
-        x = batch[1].to(self._device)
+            forward_kl = self._forward_kl(batch, loss_args)
+            return Divergences(forward_kl), torch.zeros_like(forward_kl)
+        theta, x = batch[0].to(self._device), batch[1].to(self._device)
         samples = self._proxy_samples_at(batch, loader)
-        result = objective.forward_kl_to_proxy(
-            estimator.flow, x, samples.subset(NUM_PROXY_SAMPLES_PER_STEP)
-        )
+        drawn = samples.subset(NUM_PROXY_SAMPLES_PER_STEP)
+        if self._has_atomic_loss(loss_args):
+            forward_kl = self._forward_kl(batch, loss_args)
+            of_models = objective.forward_kl_to_proxy(flow, x, drawn)
+        else:
+            forward_kl, of_models = objective.forward_kls_of_flow(flow, theta, x, drawn)
         if with_reverse_kl:
             reverse_kl = objective.reverse_kl_of_flow(
-                estimator.flow, estimator.proxy, x, samples.log_partition
+                flow, self._estimator.proxy, x, samples.log_partition
             )
-            result = result + REVERSE_INTERVAL * reverse_kl
-        return self._flow_weight * result
+            of_models = of_models + REVERSE_INTERVAL * reverse_kl
+        return Divergences(forward_kl), self._flow_weight * of_models
 
     def _step(self, loss: Tensor, clip_max_norm: Optional[float]) -> bool:
         """Take one optimiser step, with the gradients of each network clipped.

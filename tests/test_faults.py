@@ -601,6 +601,7 @@ STAGES = [
     (JeffreysObjective, "proxy_divergences"),
     (JeffreysObjective, "sample_proxy"),
     (JeffreysObjective, "forward_kl_to_proxy"),
+    (JeffreysObjective, "forward_kls_of_flow"),
     (JeffreysObjective, "reverse_kl"),
     (JeffreysObjective, "reverse_kl_of_flow"),
     (AdaptiveWeights, "measure_trust"),

@@ -374,6 +374,20 @@ def finite_differences(function, flow, step=1e-5):
     return torch.stack(gradient)
 
 
+def test_one_pass_of_the_flow_gives_both_of_its_forward_divergences(flow, net):
+    proxy = gaussian_proxy(net)
+    objective, theta = JeffreysObjective(), torch.randn(3, 2)
+    samples = objective.sample_proxy(proxy, X, objective.propose(flow, proxy, X), 5)
+    losses = objective.forward_kls_of_flow(flow, theta, X, samples)
+    expected = flow.loss(theta, X), objective.forward_kl_to_proxy(flow, X, samples)
+    for loss, wanted in zip(losses, expected, strict=True):
+        torch.testing.assert_close(loss, wanted)
+        torch.testing.assert_close(
+            flat_gradient(loss.sum(), flow), flat_gradient(wanted.sum(), flow)
+        )
+    assert (losses[0] - losses[1]).abs().min() > 1e-3
+
+
 def test_gradients_of_both_divergences_by_finite_differences(flow, net):
     flow, proxy, q, log_z = in_double_precision(flow, net)
     x, objective = X.double(), JeffreysObjective(num_reverse_samples=20_000)

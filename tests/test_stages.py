@@ -571,19 +571,19 @@ def test_every_second_step_of_the_last_stage_has_the_reverse_divergence(
     energy = energy_nn(8, 1, likelihood="none")
     inference = make(weights="fixed", energy_estimator=energy)
     asked, taken = [], []
-    of_models = inference._divergences_of_models
+    of_flow = inference._divergences_of_flow
     reverse_kl_of_flow = inference.objective.reverse_kl_of_flow
 
-    def recording(batch, loader, with_reverse_kl):
+    def recording(batch, loader, loss_args, with_reverse_kl):
         asked.append((inference.epoch, with_reverse_kl))
         taken.append(0)
-        return of_models(batch, loader, with_reverse_kl)
+        return of_flow(batch, loader, loss_args, with_reverse_kl)
 
     def counting(*args):
         taken[-1] += 1
         return reverse_kl_of_flow(*args)
 
-    inference._divergences_of_models = recording
+    inference._divergences_of_flow = recording
     monkeypatch.setattr(inference.objective, "reverse_kl_of_flow", counting)
     train(inference, 15, training_batch_size=batch_size)
     epochs = epochs_of("distillation", inference.summary["stage"])
