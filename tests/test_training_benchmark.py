@@ -132,6 +132,15 @@ def test_sampling(run, monkeypatch):
     assert all(float(value) > 0 for value in row.values())
 
 
+def test_flows(run):
+    rows = run("flows")
+    assert [(row.pop("flow"), row.pop("dimensions")) for row in rows] == [
+        (flow, dim) for flow in ("maf", "nsf") for dim in ("2", "5", "10")
+    ]
+    assert all(float(value) > 0 for row in rows for value in row.values())
+    assert all(len(row) == 3 for row in rows)
+
+
 def test_memory_is_the_ratio_of_two_peaks(run, monkeypatch):
     peaks = {"NPE": "100.0 400.0\n", "JeffreysNPE": "150.0 500.0\n"}
 

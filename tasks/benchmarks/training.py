@@ -4,6 +4,7 @@
     python -m tasks.benchmarks.training profile
     python -m tasks.benchmarks.training converged
     python -m tasks.benchmarks.training sampling
+    python -m tasks.benchmarks.training flows
     python -m tasks.benchmarks.training memory
 
 Each figure is a ratio of two measurements that alternate in one run, on one core, with
@@ -12,8 +13,9 @@ steps. `epochs` divides seconds per epoch: of each stage of the training, and of
 three in equal parts, sets of samples included. `converged` trains both with all
 defaults until they stop. `sampling` times 10,000 samples, their densities and the
 refined posterior. `memory` compares peaks of processes that train three epochs on
-100,000 simulations. `profile` is of JeffreysNPE alone: the share of each part of the
-work in the processor's time of the epochs of each stage, sets of samples included.
+100,000 simulations. `flows` divides times of sbi's flows as this library runs them by
+those of sbi's. `profile` is of JeffreysNPE alone: the share of each part of the work in
+the processor's time of the epochs of each stage, sets of samples included.
 """
 
 import argparse
@@ -26,20 +28,24 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial, wraps
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
 import torch
 from sbi.inference import NPE
+from sbi.neural_nets import posterior_nn
 from sbi.utils.user_input_checks_utils import move_distribution_to_device
 from torch.utils.data import DataLoader
 
 from sbi_jeffreys import FixedWeights, JeffreysNPE, NoTracker, objective, refinement
+from sbi_jeffreys.autoregressive import invert_in_one_pass
 from sbi_jeffreys.averaging import WeightAverage
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.likelihood import SurrogateLikelihoods
 from sbi_jeffreys.pooled_energy import PooledEnergy
 from sbi_jeffreys.residual_flow import ResidualFlow
+from sbi_jeffreys.spline import evaluate_one_bin
 from sbi_jeffreys.stages import Stage
 from tasks import get_task
 from tasks.task import Task
@@ -355,6 +361,46 @@ def sampling(tasks: list[str], flow: str) -> None:
         )
 
 
+def flows() -> None:
+    """Print times of sbi's flows as JeffreysNPE runs them, over those of sbi's."""
+    print(
+        "| flow | dimensions | samples | densities | step of 200 |\n" + 5 * "|---" + "|"
+    )
+    for model in ("maf", "nsf"):
+        for dim in (2, 5, 10):
+            torch.manual_seed(0)
+            theta, x = torch.randn(2, 1_000, dim)
+            plain = posterior_nn(model)(theta, x)
+            ours = deepcopy(plain)
+            invert_in_one_pass(ours)
+            evaluate_one_bin(ours)
+            many = torch.randn(NUM_SAMPLES, 1, dim)
+
+            def measure(
+                flow: Any,
+                theta: torch.Tensor = theta,
+                x: torch.Tensor = x,
+                many: torch.Tensor = many,
+            ) -> dict[str, float]:
+                seconds = [time.perf_counter()]
+                with torch.no_grad():
+                    flow.sample((NUM_SAMPLES,), x[:1])
+                    seconds.append(time.perf_counter())
+                    flow.log_prob(many, x[:1])
+                    seconds.append(time.perf_counter())
+                flow.loss(theta[:200], x[:200]).mean().backward()
+                seconds.append(time.perf_counter())
+                return {str(i): b - a for i, (a, b) in enumerate(pairwise(seconds))}
+
+            # In turns, so that other work of the machine slows both alike.
+            runs = [(measure(plain), measure(ours)) for _ in range(20)]
+            cells = []
+            for name in runs[0][0]:
+                theirs, our_own = (min(run[k][name] for run in runs) for k in (0, 1))
+                cells.append(f"{our_own / theirs:.2f}")
+            print(f"| {model} | {dim} | {' | '.join(cells)} |", flush=True)
+
+
 def memory(tasks: list[str], flow: str) -> None:
     """Print peaks of memory over NPE's: of the process, and less that of imports."""
     print(
@@ -398,6 +444,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     measurements = parser.add_subparsers(dest="measurement", required=True)
+    measurements.add_parser("flows")
     for name in ("epochs", "profile", "converged", "sampling", "memory", "peak"):
         measurement = measurements.add_parser(name)
         if name == "peak":
@@ -432,6 +479,8 @@ def main() -> None:
         converged(arguments.tasks, arguments.budgets)
     elif arguments.measurement == "sampling":
         sampling(arguments.tasks, arguments.flow)
+    elif arguments.measurement == "flows":
+        flows()
     elif arguments.measurement == "memory":
         memory(arguments.tasks, arguments.flow)
     else:
