@@ -52,7 +52,8 @@ def train(kind: str, theta: Tensor, x: Tensor) -> Any:
         num_linear_units=64,
         output_dim=16,
     )
-    trainer, keywords = NPE, {}
+    trainer: type[NPE] = NPE
+    keywords: dict[str, Any] = {}
     if kind == "jeffreys":
         trainer = JeffreysNPE
         keywords = {"energy_estimator": energy_nn(embedding_net=embedding)}
@@ -111,7 +112,9 @@ def report(rows: pd.DataFrame) -> str:
 
 def main() -> None:
     """Run what is not in the file yet, or report what is."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="NPE and JeffreysNPE with a shared embedding network."
+    )
     parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--report", action="store_true", help="print the table only")
