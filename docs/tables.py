@@ -8,6 +8,7 @@ from statistics import geometric_mean, mean, stdev
 REPOSITORY = Path(__file__).resolve().parents[1]
 REPORTS = REPOSITORY / "tasks/reports"
 BENCHMARK = REPORTS / "against_npe_1000/results.csv"
+MORE_SIMULATIONS = REPORTS / "against_npe_10000/results.csv"
 # The default before energies had a bound, and that without surrogates then.
 UNBOUNDED = REPORTS / "unbounded_1000/results.csv"
 NETWORK = REPORTS / "network_1000/results.csv"
@@ -95,23 +96,28 @@ def _plus_minus(values: list[float], errors_of_mean: bool = False) -> str:
     return f"{text} ± {spread:.3f}"
 
 
-def c2st() -> str:
-    """Return C2ST of every task and method, the best in bold."""
-    values = scores(read(BENCHMARK))
+def c2st(path: Path) -> str:
+    """Return C2ST of every task and method, the best in bold.
+
+    The mean is over the tasks that all methods were run on.
+    """
+    values = scores(read(path))
     methods = sorted({key[1] for key in values})
     means = [[_mean(values, t, method) for method in methods] for t in _tasks(values)]
     lines = []
     for task, cells in zip(_tasks(values), means, strict=True):
         best = min(filter(math.isfinite, cells))
-        lines.append([
-            f"`{task}`",
-            *(f"**{v:.3f}**" if v == best else f"{v:.3f}" for v in cells),
-        ])
-    lines.append([
-        "mean",
-        *(f"{mean(column):.3f}" for column in zip(*means, strict=True)),
-    ])
+        lines.append([f"`{task}`", *(_cell(value, value == best) for value in cells)])
+    complete = [cells for cells in means if all(map(math.isfinite, cells))]
+    if len(complete) > 1:
+        averages = [mean(column) for column in zip(*complete, strict=True)]
+        lines.append(["mean", *(_cell(value) for value in averages)])
     return table(["task", *(f"`{method}`" for method in methods)], lines)
+
+
+def _cell(value: float, is_best: bool = False) -> str:
+    text = f"{value:.3f}" if math.isfinite(value) else "–"
+    return f"**{text}**" if is_best else text
 
 
 def losses() -> str:
@@ -314,7 +320,8 @@ def training_table() -> str:
 def substitutions() -> dict[str, str]:
     """Return what the pages have between double braces."""
     return {
-        "c2st_table": c2st(),
+        "c2st_table": c2st(BENCHMARK),
+        "c2st_table_10000": c2st(MORE_SIMULATIONS),
         "loss_table": losses(),
         "surrogate_table": surrogates(),
         "bound_table": bound(),
@@ -324,6 +331,7 @@ def substitutions() -> dict[str, str]:
         "training_ratio": training_ratio(),
         "training_table": training_table(),
         "seeds": seeds(read(BENCHMARK)),
+        "seeds_10000": seeds(read(MORE_SIMULATIONS)),
         "bound_seeds": seeds(read(UNBOUNDED)),
         "surrogate_seeds": seeds([
             {"seed": seed} for seed in {key[2] for key in _with_network_alone()}

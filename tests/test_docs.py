@@ -123,6 +123,34 @@ def test_the_figures_are_those_of_the_report(site, c2st):
         assert expected in shown
 
 
+def test_the_figures_of_more_simulations_are_those_of_their_report(site):
+    rows = pd.read_csv(REPORTS / "against_npe_10000/results.csv")
+    means = rows.pivot_table("c2st", "task", "method")
+    shown = rows_of(site / "benchmarks.html")
+    for task, scores in means.iterrows():
+        cells = ["–" if pd.isna(score) else f"{score:.3f}" for score in scores]
+        assert [task, *cells] in shown
+    averages = means.dropna().mean()
+    assert ["mean", *(f"{score:.3f}" for score in averages)] in shown
+
+
+def test_the_gains_with_images_are_those_of_the_study():
+    rows = pd.read_csv(REPORTS / "images_1000/rows.csv")
+    gains = rows.pivot_table("gain", "seed", "model")
+    assert len(gains) == 5
+    readme, page = (ROOT / "README.md").read_text(), ROOT / "docs/how_to/embedding.md"
+    mean, spread = gains.mean(), gains.std()
+    refined = f"{mean['refined']:.2f} ± {spread['refined']:.2f}"
+    flow = f"{mean['flow']:.2f} ± {spread['flow']:.2f}"
+    assert refined in readme
+    assert f"{flow} nats over NPE and the refined posterior {refined}" in " ".join(
+        page.read_text().split()
+    )
+    assert (gains["refined"] > 0).all()
+    losses = gains["flow"][gains["flow"] < 0]
+    assert [f"{-loss:.2f}" for loss in losses] == ["0.09"]
+
+
 def test_every_loss_of_the_benchmark_is_shown(site, c2st):
     shown = rows_of(site / "when_not_to_use.html")
     by_seed = c2st.groupby(["task", "seed"]).mean()
