@@ -192,7 +192,7 @@ def test_auto_builds_residual_flows_and_a_plain_one():
     flows = build_candidates(theta, x, PRIOR)
     kinds = [type(flow) for flow in flows.net]
     assert kinds == [ResidualFlow, ResidualFlow, NFlowsFlow]
-    splines = ["SplineCoupling" in str(flow) for flow in flows.net]
+    splines = ["RationalQuadratic" in str(flow) for flow in flows.net]
     assert splines == [False, True, True]
     for index in range(3):
         flows.active = index
