@@ -48,7 +48,7 @@ from sbi_jeffreys.refinement import log_ratio, sample_with_log_ratio, temper
 from sbi_jeffreys.trainer import LEARNING_RATE
 from tasks import TASKS, get_task
 from tasks.report import markdown_table
-from tasks.results import write_whole
+from tasks.studies.rows import read_rows, run_missing
 
 NUM_FRESH = 500
 NUM_SAMPLES = 300
@@ -249,21 +249,17 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the tables only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = pd.read_csv(arguments.out) if arguments.out.exists() else pd.DataFrame()
     if arguments.report:
-        print(report(rows))
+        print(report(read_rows(arguments.out)))
         return
-    for seed in arguments.seeds:
-        for task in arguments.tasks:
-            for variant in arguments.variants:
-                key = (task, variant, arguments.budget, seed)
-                columns = ["task", "variant", "budget", "seed"]
-                if len(rows) and (rows[columns] == key).all(axis=1).any():
-                    continue
-                new = pd.DataFrame(run(*key))
-                rows = pd.concat([rows, new], ignore_index=True)
-                write_whole(arguments.out, rows.to_csv(index=False))
-                print(new.to_string(index=False, header=False), flush=True)
+    budget = arguments.budget
+    keys = (
+        {"task": task, "variant": variant, "budget": budget, "seed": seed}
+        for seed in arguments.seeds
+        for task in arguments.tasks
+        for variant in arguments.variants
+    )
+    run_missing(arguments.out, keys, run)
 
 
 if __name__ == "__main__":

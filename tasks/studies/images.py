@@ -24,8 +24,8 @@ from torch import Tensor
 
 from sbi_jeffreys import JeffreysNPE, NoTracker, energy_nn
 from tasks.report import markdown_table
-from tasks.results import write_whole
 from tasks.studies.ablation import held_out_losses
+from tasks.studies.rows import read_rows, run_missing
 
 SIZE, NOISE, BLUR = 12, 0.5, 1.3
 NUM_IMAGES = 1_000
@@ -120,16 +120,10 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the table only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = pd.read_csv(arguments.out) if arguments.out.exists() else pd.DataFrame()
     if arguments.report:
-        print(report(rows))
+        print(report(read_rows(arguments.out)))
         return
-    for seed in arguments.seeds:
-        if len(rows) and (rows["seed"] == seed).any():
-            continue
-        rows = pd.concat([rows, pd.DataFrame(run(seed))], ignore_index=True)
-        write_whole(arguments.out, rows.to_csv(index=False))
-        print(rows.tail(len(MODELS)).to_string(index=False, header=False), flush=True)
+    run_missing(arguments.out, ({"seed": seed} for seed in arguments.seeds), run)
 
 
 if __name__ == "__main__":
