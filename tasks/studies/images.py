@@ -1,6 +1,6 @@
 r"""What a shared embedding network leaves to gain: the images of tutorial 5.
 
-    python -m tasks.studies.images --out images.csv --seeds 1 2 3 4
+    python -m tasks.studies.images --out images.csv --seeds 1 2 3 4 5
     python -m tasks.studies.images --out images.csv --report
 
 Stars on a noisy camera of 12 x 12 pixels, 1,000 images, networks and settings as in the
@@ -116,7 +116,7 @@ def main() -> None:
         description="NPE and JeffreysNPE with a shared embedding network."
     )
     parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--report", action="store_true", help="print the table only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
