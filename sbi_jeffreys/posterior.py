@@ -1,5 +1,6 @@
 """The refined posterior: samples of the flow, reweighted by the proxy."""
 
+import math
 import warnings
 from typing import Optional, Tuple, Union
 
@@ -188,8 +189,9 @@ class RefinedPosterior(NeuralPosterior):
         oversampling_factor: Number of samples drawn from the flow for each one kept,
             and half as many where the first half is already worth as many independent
             samples as are asked for; `min_num_candidates` in all at least.
-        num_moves: Number of Metropolis moves of every sample where resampling repeats
-            samples; 0 for none.
+        num_moves: Number of Metropolis moves of every sample where the weights leave
+            hardly an independent one; proportionally fewer where they leave more, and
+            none where they leave as many as are asked for.
         max_sampling_batch_size: Number of samples of the flow drawn at a time.
         device: Device of the estimator, found out if not given.
 
@@ -418,9 +420,13 @@ class RefinedPosterior(NeuralPosterior):
         chosen = systematic_resampling(log_weights, num_samples)
         index = chosen.unsqueeze(-1).expand(*chosen.shape, theta.shape[-1])
         samples = theta.gather(0, index)
-        if (ess < num_samples).any():
+        missing = 1 - ess.min().item() / max(num_samples, 1)
+        if missing > 0:
+            # All samples move: those that are repeated are no sample of the posterior.
             samples = metropolis_moves(
-                lambda points: self._log_density(points, x), samples, self.num_moves
+                lambda points: self._log_density(points, x),
+                samples,
+                math.ceil(self.num_moves * missing),
             )
         return samples.reshape(*sample_shape, len(x), *theta.shape[2:])
 

@@ -22,6 +22,8 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import JeffreysEstimator, RefinedPosterior, energy_nn
+from sbi_jeffreys.moves import metropolis_moves
+from sbi_jeffreys.partition import from_log_weights
 from sbi_jeffreys.posterior import systematic_resampling
 from sbi_jeffreys.refinement import sample_with_log_ratio
 
@@ -115,6 +117,29 @@ def test_no_more_of_the_flow_is_sampled_than_its_weights_need(monkeypatch):
     # A few candidates are no ground for saying what they are worth.
     least = RefinedPosterior.min_num_candidates
     assert num_drawn(0.0, 1) == num_drawn(0.0, 30) == least
+
+
+def test_moves_are_as_many_as_independent_samples_are_missing(monkeypatch):
+    made = []
+
+    def count(log_density, theta, num_moves):
+        made.append(num_moves)
+        return metropolis_moves(log_density, theta, num_moves)
+
+    monkeypatch.setattr("sbi_jeffreys.posterior.metropolis_moves", count)
+    estimator = gaussian_estimator()
+    equal = RefinedPosterior(estimator, WIDE, 0.0)
+    equal.sample((1000,), x=X[:1])
+    assert made == []  # equal weights
+    # Elsewhere flow and proxy disagree.
+    uneven = RefinedPosterior(estimator, WIDE, 1.0, oversampling_factor=1, num_moves=50)
+    log_weights = sample_with_log_ratio(
+        estimator.flow, estimator.proxy, 200_000, X[2:]
+    )[1]
+    share = from_log_weights(log_weights).effective_sample_size.item() / 200_000
+    assert 0.2 < share < 0.8  # neither none of the moves nor all
+    uneven.sample((5000,), x=X[2:])
+    assert made.pop() == pytest.approx(50 * (1 - share), abs=3)
 
 
 def test_every_observation_has_its_own_samples():
