@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys.flow import sample_and_log_prob
 from sbi_jeffreys.residual_flow import build_residual_flow
+from sbi_jeffreys.screening import SelectOutputs, informative_outputs
 
 
 class FlowCandidates(ConditionalDensityEstimator):
@@ -123,5 +124,7 @@ def build_candidates(
         partial(build_residual_flow, model, prior=prior) for model in ("maf", "nsf")
     ]
     if x.ndim == 2:
-        builders.append(posterior_nn("nsf"))
+        outputs = informative_outputs(theta, x)
+        embedding = nn.Identity() if outputs is None else SelectOutputs(outputs)
+        builders.append(posterior_nn("nsf", embedding_net=embedding))
     return FlowCandidates([builder(theta, x) for builder in builders])

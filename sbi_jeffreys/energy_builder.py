@@ -15,6 +15,7 @@ from sbi_jeffreys.energy import ConditionalEnergy, EnergyNet
 from sbi_jeffreys.features import Features
 from sbi_jeffreys.likelihood import SurrogateLikelihoods, has_likelihood
 from sbi_jeffreys.pooled_energy import PooledEnergy
+from sbi_jeffreys.screening import informative_outputs
 
 ZScore = Optional[Literal["independent", "structured", "none"]]
 
@@ -62,7 +63,8 @@ def energy_nn(
         z_score_x: Whether to z-score simulation outputs for the embedding network, as
             in `posterior_nn`: `"independent"` for every dimension alone,
             `"structured"` for all together, `"none"`. Without an embedding network
-            the condition enters by its `Features`.
+            the condition enters by its `Features`, of those outputs that say
+            something, see `sbi_jeffreys.screening`.
         embedding_net: Embedding network for simulation outputs. Give the object that
             `posterior_nn` was given to share it with the flow, or one of its own.
         base_measure: Base measure $b(\theta)$. With `"prior"` the proxy has the
@@ -97,7 +99,8 @@ def energy_nn(
         theta: Tensor, x: Tensor, prior: Optional[Distribution]
     ) -> ConditionalEnergy:
         check_data_device(theta, x)
-        features = Features(x)
+        outputs = informative_outputs(theta, x)
+        features = Features(x, outputs)
         coordinates = ResidualCoordinates(theta, x, features, prior)
         if isinstance(embedding_net, nn.Identity):
             embedding, x_numel = None, features.numel
@@ -116,9 +119,10 @@ def energy_nn(
         )
         base = make_base_measure(base_measure, prior, theta)
         shapes = theta[0].shape, x[0].shape
-        if likelihood == "none" or embedding is not None or not has_likelihood(x):
+        used = x if outputs is None else x[:, outputs]
+        if likelihood == "none" or embedding is not None or not has_likelihood(used):
             return ConditionalEnergy(net, base, *shapes)
-        likelihoods = SurrogateLikelihoods(theta, x, coordinates)
+        likelihoods = SurrogateLikelihoods(theta, x, coordinates, outputs)
         return PooledEnergy(net, likelihoods, base, *shapes)
 
     return build_fn

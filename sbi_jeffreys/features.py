@@ -6,6 +6,8 @@ therefore has its normal score, $\Phi^{-1}$ of its empirical distribution functi
 monotone function of an output loses nothing, and neither depends on its units.
 """
 
+from typing import Optional
+
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -25,17 +27,21 @@ class Features(nn.Module):
 
     Args:
         x: Simulation outputs of shape `(num_simulations, *condition_shape)`.
+        outputs: Indices of the outputs, flattened, that have features; all if not
+            given.
     """
 
+    outputs: Optional[Tensor]
     mean: Tensor
     scale: Tensor
     continuous: Tensor
     knots: Tensor
     scores: Tensor
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, outputs: Optional[Tensor] = None) -> None:
         super().__init__()
-        flat = _finite_or_nan(x[:MAX_SIMULATIONS])
+        self.register_buffer("outputs", outputs)
+        flat = self._flatten(x[:MAX_SIMULATIONS])
         mean = flat.nanmean(0).nan_to_num()
         self.register_buffer("mean", mean)
         variance = (flat - mean).square().nanmean(0).nan_to_num()
@@ -43,7 +49,7 @@ class Features(nn.Module):
         floor = 1e-6 * flat.nan_to_num().abs().amax(0)
         scale = variance.sqrt()
         self.register_buffer("scale", torch.where(scale > floor, scale, 1.0))
-        index = is_continuous(x).nonzero().flatten()
+        index = is_continuous(flat).nonzero().flatten()
         self.register_buffer("continuous", index)
         columns = self._standard(flat).T
         table = torch.empty(2, len(index), NUM_KNOTS).to(flat)
@@ -65,7 +71,7 @@ class Features(nn.Module):
         Args:
             x: Simulation outputs of shape `(batch_dim, *condition_shape)`.
         """
-        standard = self._standard(_finite_or_nan(x)).nan_to_num(nan=0.0)
+        standard = self._standard(self._flatten(x)).nan_to_num(nan=0.0)
         normal = self._normal(standard)
         return torch.cat((standard.clamp(-MAX_SCORE, MAX_SCORE), normal), 1)
 
@@ -79,7 +85,7 @@ class Features(nn.Module):
             Of shape `(batch_dim, num_continuous)`. Outputs that are missing (NaN or
             infinite) have the score of the average.
         """
-        return self._normal(self._standard(_finite_or_nan(x)).nan_to_num(nan=0.0))
+        return self._normal(self._standard(self._flatten(x)).nan_to_num(nan=0.0))
 
     def _normal(self, standard: Tensor) -> Tensor:
         values = standard[:, self.continuous].T.contiguous()
@@ -92,6 +98,10 @@ class Features(nn.Module):
         normal = y0 + (values - x0) * ((y1 - y0) / width)
         # Beyond the outermost knots a line goes on, but not for ever.
         return normal.clamp(-MAX_SCORE / 2, MAX_SCORE / 2).T
+
+    def _flatten(self, x: Tensor) -> Tensor:
+        flat = _finite_or_nan(x)
+        return flat if self.outputs is None else flat[:, self.outputs]
 
     def _standard(self, flat: Tensor) -> Tensor:
         return (flat - self.mean) / self.scale

@@ -56,6 +56,7 @@ class SurrogateLikelihoods(nn.Module):
         theta: Parameters of shape `(num_simulations, num_parameters)`.
         x: Simulation outputs of shape `(num_simulations, num_outputs)`.
         coordinates: Coordinates of the parameters, for their standardisation.
+        used: Indices of the outputs that they are surrogates for; all if not given.
         dropout: Dropout probability of the surrogate that has it.
     """
 
@@ -64,9 +65,12 @@ class SurrogateLikelihoods(nn.Module):
         theta: Tensor,
         x: Tensor,
         coordinates: ResidualCoordinates,
+        used: Optional[Tensor] = None,
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        self.register_buffer("used", used)
+        x = self._used(x)
         self.outputs = Outputs(x)
         self.coordinates = coordinates
         z = _saturate(coordinates.standardize(theta))
@@ -97,7 +101,7 @@ class SurrogateLikelihoods(nn.Module):
         """
         which = range(len(self)) if which is None else which
         z = _saturate(self.coordinates.standardize(theta))
-        y, categories = self.outputs(x)
+        y, categories = self.outputs(self._used(x))
         members = [self.members[k] for k in which]
         log_likelihoods = torch.stack([m(z, y, categories) for m in members])
         return torch.nan_to_num(log_likelihoods, nan=-MAX_LOG_LIKELIHOOD).clamp(
@@ -115,8 +119,12 @@ class SurrogateLikelihoods(nn.Module):
             index: The surrogate's.
         """
         z = _saturate(self.coordinates.standardize(theta))
-        y, categories = self.outputs(x)
+        y, categories = self.outputs(self._used(x))
         return -self.members[index](z[None], y, categories)[0]
+
+    def _used(self, x: Tensor) -> Tensor:
+        used = cast(Optional[Tensor], self.used)
+        return x if used is None else x[:, used]
 
 
 class Outputs(nn.Module):

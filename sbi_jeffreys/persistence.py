@@ -34,6 +34,7 @@ from sbi_jeffreys.base_measure import event_shape, is_inside
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.features import MIN_DISTINCT, num_values
 from sbi_jeffreys.objective import Proposals, ProxySamples
+from sbi_jeffreys.screening import informative_outputs
 from sbi_jeffreys.stages import Stage
 from sbi_jeffreys.version import __version__
 
@@ -44,7 +45,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 FORMAT = "sbi_jeffreys.JeffreysNPE"
 #: Increased whenever a file of before can no longer be read.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 # Parameters at which the prior of the file and that of the user are compared.
 NUM_PRIOR_CHECKS = 8
@@ -401,6 +402,7 @@ def record_built_with(
         "theta": theta,
         "x_shape": list(x.shape[1:]),
         "x_num_values": num_values(x[indices]).clamp_max(MIN_DISTINCT).tolist(),
+        "outputs": informative_outputs(theta, x[indices].cpu()),
         "starting_round": starting_round,
         "num_parts": len(inference._theta_roundwise),
         "indices": indices,
@@ -464,18 +466,7 @@ def _fill(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
     built_with = content["built_with"]
     theta = built_with["theta"]
     if stored is None:
-        # Of x the builders need the shape, and how many values outputs have that have
-        # few; all else is in the state of the networks.
-        columns = [
-            torch.arange(len(theta)) % num
-            if 0 < num < MIN_DISTINCT
-            else torch.randn(len(theta))
-            if num > 0
-            else torch.full((len(theta),), torch.nan)
-            for num in built_with["x_num_values"]
-        ]
-        x = torch.stack([column.float() for column in columns], 1)
-        x = x.reshape(-1, *built_with["x_shape"])
+        x = _x_like_that_built_with(built_with)
         all_theta = theta
     else:
         _take_simulations(inference, stored)
@@ -560,6 +551,29 @@ def _x_built_with(inference: "JeffreysNPE", built_with: Dict[str, Any]) -> Tenso
         built_with["starting_round"],
     )
     return x[built_with["indices"]]
+
+
+def _x_like_that_built_with(built_with: Dict[str, Any]) -> Tensor:
+    """Return outputs of which the builders make the same networks.
+
+    They need the shape, how many values outputs have that have few, and which outputs
+    say something of the parameters; all else is in the state of the networks.
+    """
+    theta, outputs = built_with["theta"], built_with["outputs"]
+    num_values = built_with["x_num_values"]
+    kept = range(len(num_values)) if outputs is None else outputs.tolist()
+    # Ranks of a parameter, which no screening takes for noise.
+    rank = theta[:, 0].argsort().argsort()
+    x = torch.zeros(len(theta), len(num_values))
+    for column in kept:
+        num = num_values[column]
+        if num == 0:
+            x[:, column] = torch.nan
+        elif num < MIN_DISTINCT:
+            x[:, column] = (rank * num // len(rank)).float()
+        else:
+            x[:, column] = rank.float()
+    return x.reshape(-1, *built_with["x_shape"])
 
 
 def log_prior(prior: Distribution, theta: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 from sbi_jeffreys.coordinates import ResidualCoordinates
 from sbi_jeffreys.features import Features
 from sbi_jeffreys.flow import sample_and_log_prob
+from sbi_jeffreys.screening import informative_outputs
 
 
 class ResidualFlow(ConditionalDensityEstimator):
@@ -106,6 +107,8 @@ def build_residual_flow(
 ) -> ResidualFlow:
     """Build a flow of sbi's on residual coordinates.
 
+    Of many outputs it takes those that say something, see `sbi_jeffreys.screening`.
+
     Args:
         model: Name of the flow, as in `posterior_nn`.
         theta: Parameters of shape `(num_simulations, num_parameters)`.
@@ -115,7 +118,7 @@ def build_residual_flow(
     Returns:
         The flow.
     """
-    features = Features(x)
+    features = Features(x, informative_outputs(theta, x))
     coordinates = ResidualCoordinates(theta, x, features, prior)
     inputs = features(x)
     # Features and residuals are standard already; a second z-score of the data would

@@ -41,6 +41,7 @@ from sbi_jeffreys.checks import check_prior, check_simulations
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.energy_builder import EnergyBuilder, energy_nn
 from sbi_jeffreys.estimator import JeffreysEstimator
+from sbi_jeffreys.features import Features
 from sbi_jeffreys.flow import check_has_rsample
 from sbi_jeffreys.likelihood import SurrogateLikelihoods
 from sbi_jeffreys.objective import (
@@ -653,6 +654,26 @@ class JeffreysNPE(NPE):
         self._starting_round = start_idx
         if self._neural_net is not before:
             self._built_with = record_built_with(self, start_idx, random)
+            self._warn_of_screening()
+
+    def _warn_of_screening(self) -> None:
+        """Say that the networks leave outputs out."""
+        screened = (
+            module.outputs
+            for module in self._estimator.modules()
+            if isinstance(module, Features) and module.outputs is not None
+        )
+        outputs = next(screened, None)
+        if outputs is not None:
+            num_outputs = self._estimator.flow.condition_shape.numel()
+            warnings.warn(
+                f"{num_outputs - len(outputs)} of {num_outputs} simulation outputs say "
+                "nothing of the parameters, as far as these simulations tell, and are "
+                f"left out. Kept are {outputs.tolist()}. Networks of your own take all "
+                "outputs: density_estimator=posterior_nn(...), and "
+                "energy_estimator=energy_nn(embedding_net=FCEmbedding(...)).",
+                stacklevel=6,
+            )
 
     def _run_training_loop(
         self,
