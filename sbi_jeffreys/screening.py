@@ -75,8 +75,10 @@ def informative_outputs(theta: Tensor, x: Tensor) -> Optional[Tensor]:
     return kept.nonzero().flatten()
 
 
-class SelectOutputs(nn.Module):
+class SelectOutputs(nn.Identity):
     """Embedding network that takes some of the outputs.
+
+    An `Identity`, as sbi asks all others for their parameters.
 
     Args:
         outputs: Their indices.
