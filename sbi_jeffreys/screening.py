@@ -145,7 +145,7 @@ def _belong_to(others: Tensor, known: Tensor, regressors: Tensor) -> Tensor:
     basis = torch.cat((regressors, ones), 1)
     belongs = torch.zeros(others.shape[1], dtype=torch.bool, device=others.device)
     num_tests = 2 * others.shape[1] * known.shape[1] * basis.shape[1]
-    limit = stats.chi2.isf(FAMILY_LEVEL / num_tests, 1)
+    limit = float(stats.chi2.isf(FAMILY_LEVEL / num_tests, 1))
     for column in known.T:
         for product in (
             others * column[:, None],
