@@ -30,7 +30,7 @@ MIN_OUTPUTS = 20
 # And so are all if a larger share says something.
 MAX_SHARE = 0.5
 # An output is kept below this p-value of its own.
-LEVEL = 0.05
+LEVEL = 0.01
 # Outputs are known to depend on parameters, or on one of those that do, below this
 # p-value over all of them.
 FAMILY_LEVEL = 0.01

@@ -37,9 +37,8 @@ def kept(theta: torch.Tensor, x: torch.Tensor) -> set[int]:
     return set(outputs.tolist())
 
 
-# Of sixty outputs that say nothing 5 % are kept: three, with a standard deviation of
-# 1.7. Some of the family's level is added for those that are taken for a known
-# output's.
+# Of sixty outputs that say nothing one in a hundred is kept. One more is allowed for
+# those that are taken for a part of a known output.
 MOST_KEPT_BY_CHANCE = stats.binom.isf(1e-4, NUM_NOISE, LEVEL) + 1
 
 
