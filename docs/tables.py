@@ -141,6 +141,8 @@ def losses() -> str:
                     _plus_minus(differences),
                     f"{num} of {len(differences)}",
                 ])
+    if not lines:
+        return "*There is none.*"
     header = ["task", "ours", "the other", "C2ST ours", "C2ST of the other"]
     return table([*header, "difference", "seeds with a loss"], lines)
 
