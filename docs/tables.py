@@ -122,6 +122,20 @@ def _cell(value: float, is_best: bool = False) -> str:
     return f"**{text}**" if is_best else text
 
 
+def refined_mean(path: Path) -> str:
+    """Return C2ST of the refined posterior in the mean over the tasks."""
+    values = scores(read(path))
+    means = [_mean(values, task, "jeffreys_refined") for task in _tasks(values)]
+    return f"{mean(means):.3f}"
+
+
+def minutes(path: Path) -> str:
+    """Return how long a training of ours took on every task."""
+    rows = [row for row in read(path) if row["method"] == "jeffreys_refined"]
+    seconds = {row["task"]: float(row["training_seconds"]) for row in rows}
+    return ", ".join(f"{task} {s / 60:.0f}" for task, s in sorted(seconds.items()))
+
+
 def losses() -> str:
     """Return where, with any seed, NPE was better, or the flow than the refined one."""
     values = scores(read(BENCHMARK))
@@ -344,6 +358,8 @@ def substitutions() -> dict[str, str]:
         "training_table": training_table(),
         "seeds": seeds(read(BENCHMARK)),
         "seeds_10000": seeds(read(MORE_SIMULATIONS)),
+        "refined_10000": refined_mean(MORE_SIMULATIONS),
+        "minutes_10000": minutes(MORE_SIMULATIONS),
         "bound_seeds": seeds(read(UNBOUNDED)),
         "screening_seeds": seeds(read(UNSCREENED)),
         "surrogate_seeds": seeds([

@@ -348,3 +348,23 @@ def test_the_readme_has_figures_of_the_report():
             assert found and found <= numbers[task[1]], line
             shown += 1
     assert shown >= 8
+
+
+def test_the_readme_says_what_the_rows_of_more_simulations_say(site):
+    rows = pd.read_csv(REPORTS / "against_npe_10000/results.csv")
+    means = rows.pivot_table("c2st", "task", "method")
+    refined = means["jeffreys_refined"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert len(refined.dropna()) == 10
+    assert f"mean of **{refined.mean():.3f}** over the ten tasks" in readme
+    assert f"{refined.mean():.3f}" in (site / "benchmarks.html").read_text()
+    tasks = ["two_moons", "slcp", "gaussian_mixture", "sir"]
+    ours, theirs = (
+        [f"{means.loc[task, method]:.3f}" for task in tasks]
+        for method in ("jeffreys_refined", "npe_nsf")
+    )
+    assert list(means["npe_nsf"].dropna().index) == sorted(tasks)
+    assert f"refined {', '.join(ours[:-1])} and {ours[-1]} on" in readme
+    assert f"NPE {', '.join(theirs[:-1])} and {theirs[-1]}." in readme
+    seconds = rows[rows.method == "jeffreys_refined"].training_seconds / 60
+    assert f"took {seconds.min():.0f} to {seconds.max():.0f} minutes" in readme
