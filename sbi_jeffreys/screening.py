@@ -37,6 +37,8 @@ FAMILY_LEVEL = 0.01
 # Simulations for every regressor.
 SIMULATIONS_PER_REGRESSOR = 10
 MIN_SIMULATIONS = 100
+# With more parameters than twenty their products are too many to be quick.
+MAX_REGRESSORS = 230
 
 
 def informative_outputs(theta: Tensor, x: Tensor) -> Optional[Tensor]:
@@ -109,14 +111,14 @@ def _scores(values: Tensor) -> Tensor:
 
 def _regressors(z: Tensor) -> Optional[Tensor]:
     """Return an orthonormal basis of the regressors, `None` for too few simulations."""
-    first, second = torch.triu_indices(z.shape[1], z.shape[1], device=z.device)
-    products = z[:, first] * z[:, second]
-    regressors = torch.cat((z, products), 1)
-    if len(z) < SIMULATIONS_PER_REGRESSOR * regressors.shape[1]:
-        regressors = z
-    least = max(MIN_SIMULATIONS, SIMULATIONS_PER_REGRESSOR * regressors.shape[1])
-    if len(z) < least:
+    num, num_parameters = z.shape
+    if num < max(MIN_SIMULATIONS, SIMULATIONS_PER_REGRESSOR * num_parameters):
         return None
+    first, second = torch.triu_indices(num_parameters, num_parameters, device=z.device)
+    num_regressors = num_parameters + len(first)
+    regressors = z
+    if num_regressors <= min(num // SIMULATIONS_PER_REGRESSOR, MAX_REGRESSORS):
+        regressors = torch.cat((z, z[:, first] * z[:, second]), 1)
     # Not by QR: products of parameters with few values depend on each other.
     basis, singular_values, _ = torch.linalg.svd(
         regressors - regressors.mean(0), full_matrices=False
@@ -131,7 +133,9 @@ def _p_value_of_regression(y: Tensor, regressors: Tensor) -> Tensor:
     explained = (regressors.T @ y).square().sum(0)
     num_regressors = regressors.shape[1]
     num_free = len(y) - 1 - num_regressors
-    f = (explained / num_regressors) / ((total - explained) / num_free)
+    # Without noise nothing is left but rounding errors, of either sign.
+    unexplained = (total - explained).maximum(1e-12 * total)
+    f = (explained / num_regressors) / (unexplained / num_free)
     p_value = stats.f.sf(f.cpu().numpy(), num_regressors, num_free)
     # Of outputs that do not vary there is nothing to tell.
     return torch.from_numpy(p_value).to(y).nan_to_num(nan=1.0)

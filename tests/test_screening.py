@@ -110,6 +110,19 @@ def test_p_values_are_those_of_a_regression():
     assert p_value.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_outputs_without_noise_are_kept():
+    torch.manual_seed(0)
+    for num_parameters in (1, 3, 30):  # of thirty parameters without products
+        theta = torch.randn(2000, num_parameters)
+        x = torch.cat((theta[:, :1], 2 - 3 * theta[:, -1:].exp(), noise(2000)), 1)
+        assert kept(theta, x) >= {0, 1}
+    # Scores of such outputs are regressed without a residual, or with one below zero.
+    scores = theta.double() - theta.double().mean(0)
+    regressors = torch.linalg.svd(scores, full_matrices=False)[0]
+    weights = torch.randn(30, 200).double()
+    assert (_p_value_of_regression(scores @ weights, regressors) < 1e-300).all()
+
+
 def test_all_are_kept_where_there_is_little_to_gain_or_to_tell():
     torch.manual_seed(0)
     theta = torch.randn(1000, 2)
