@@ -34,7 +34,7 @@ from sbi_jeffreys.base_measure import event_shape, is_inside
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.features import MIN_DISTINCT, num_values
 from sbi_jeffreys.objective import Proposals, ProxySamples
-from sbi_jeffreys.screening import informative_outputs
+from sbi_jeffreys.screening import outputs_taken
 from sbi_jeffreys.stages import Stage
 from sbi_jeffreys.version import __version__
 
@@ -402,7 +402,7 @@ def record_built_with(
         "theta": theta,
         "x_shape": list(x.shape[1:]),
         "x_num_values": num_values(x[indices]).clamp_max(MIN_DISTINCT).tolist(),
-        "outputs": informative_outputs(theta, x[indices].cpu()),
+        "outputs": outputs_taken(inference._estimator),
         "starting_round": starting_round,
         "num_parts": len(inference._theta_roundwise),
         "indices": indices,

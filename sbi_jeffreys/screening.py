@@ -77,6 +77,16 @@ def informative_outputs(theta: Tensor, x: Tensor) -> Optional[Tensor]:
     return kept.nonzero().flatten()
 
 
+def outputs_taken(networks: nn.Module) -> Optional[Tensor]:
+    """Return which outputs networks take that were built here, `None` if all."""
+    screened = (
+        module.outputs
+        for module in networks.modules()
+        if isinstance(module, Features) and module.outputs is not None
+    )
+    return next(screened, None)
+
+
 class SelectOutputs(nn.Identity):
     """Embedding network that takes some of the outputs.
 

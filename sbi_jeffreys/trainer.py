@@ -41,7 +41,6 @@ from sbi_jeffreys.checks import check_prior, check_simulations
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.energy_builder import EnergyBuilder, energy_nn
 from sbi_jeffreys.estimator import JeffreysEstimator
-from sbi_jeffreys.features import Features
 from sbi_jeffreys.flow import check_has_rsample
 from sbi_jeffreys.likelihood import SurrogateLikelihoods
 from sbi_jeffreys.objective import (
@@ -76,6 +75,7 @@ from sbi_jeffreys.pooled_energy import PooledEnergy, choose_weights
 from sbi_jeffreys.posterior import RefinedPosterior
 from sbi_jeffreys.refinement import as_atoms, choose_exponent
 from sbi_jeffreys.residual_flow import ResidualFlow, build_residual_flow
+from sbi_jeffreys.screening import outputs_taken
 from sbi_jeffreys.spline import evaluate_one_bin
 from sbi_jeffreys.stages import Stage
 from sbi_jeffreys.tracking import NoTracker
@@ -658,12 +658,7 @@ class JeffreysNPE(NPE):
 
     def _warn_of_screening(self) -> None:
         """Say that the networks leave outputs out."""
-        screened = (
-            module.outputs
-            for module in self._estimator.modules()
-            if isinstance(module, Features) and module.outputs is not None
-        )
-        outputs = next(screened, None)
+        outputs = outputs_taken(self._estimator)
         if outputs is not None:
             num_outputs = self._estimator.flow.condition_shape.numel()
             warnings.warn(
