@@ -28,7 +28,7 @@ from sbi.sbi_types import Tracker
 from sbi.utils.torchutils import assert_all_finite
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.tensorboard.writer import SummaryWriter
@@ -228,6 +228,7 @@ class JeffreysNPE(NPE):
     """
 
     _average: WeightAverage
+    _parameters: Dict[Module, List[Parameter]]
 
     def __init__(
         self,
@@ -688,6 +689,11 @@ class JeffreysNPE(NPE):
         self._average = WeightAverage(
             self._estimator, max(1, NUM_AVERAGED_EPOCHS * len(train_loader))
         )
+        # To look for them among the modules takes longer than many a step's work.
+        self._parameters = {model: [*model.parameters()] for model in self._models}
+        # sbi restores this state at the end of training; `_restore_best` then loads
+        # each model's own.
+        self._best_model_state_dict = self._estimator.state_dict()
         if resumed:
             assert self._last_epoch is not None  # get_dataloaders has seen to it
             restore(self, self._last_epoch)
@@ -1092,10 +1098,11 @@ class JeffreysNPE(NPE):
         self.optimizer.zero_grad()
         loss.backward()
         for model in self._standing_still:  # an embedding net may be of both
-            model.zero_grad(set_to_none=True)
-        for model in (self._estimator.flow, self._estimator.proxy):
+            for parameter in self._parameters[model]:
+                parameter.grad = None
+        for parameters in self._parameters.values():
             norm = clip_grad_norm_(
-                [p for p in model.parameters() if p.grad is not None],
+                [p for p in parameters if p.grad is not None],
                 torch.inf if clip_max_norm is None else clip_max_norm,
             )
             if not torch.isfinite(norm):
@@ -1503,9 +1510,6 @@ class JeffreysNPE(NPE):
         if "flow" not in self._best:  # before the first epoch, or that of a stage
             return False
         self._best_val_loss = self._best["flow"][3]
-        # sbi restores this state at the end of training; `_restore_best` then loads
-        # each model's own.
-        self._best_model_state_dict = self._estimator.state_dict()
         start = self._stage_start
         epochs = [best[1] for best in self._best.values()]
         if self._stage is Stage.FLOW:
@@ -1691,6 +1695,7 @@ class JeffreysNPE(NPE):
         state.update(_proposals={}, _proxy_samples={})
         state.update(_checkpoint=None, _before_training=None)
         state.pop("_average", None)
+        state.pop("_parameters", None)
         state.pop("_validation", None)
         return state
 
