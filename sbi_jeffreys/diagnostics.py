@@ -53,6 +53,10 @@ from sbi_jeffreys.trainer import JeffreysNPE
 #: width that lie a third of their standard deviation apart.
 MIN_DISAGREEMENT = 0.1
 
+#: Disagreements above this are not called agreement, in nats: two Gaussians of one
+#: width that lie their standard deviation apart.
+MAX_AGREEMENT = 1.0
+
 #: Errors of the coverage below this are no cause for distrust.
 MIN_COVERAGE_ERROR = 0.1
 
@@ -589,10 +593,17 @@ def _verdict(
         lines = ["Do not trust the posterior at this observation."]
         lines += [f"- {name.capitalize()}: {said[name]}" for name in objections]
     else:
+        found = max(disagreement, 0)  # an estimate, which may be below zero
+        numbers = f"{found:.2g} nats; {typical:.2g} at the median simulation"
         lines = [
             "Nothing speaks against the posterior at this observation: it is like the "
-            f"simulations, and flow and proxy agree (to {max(disagreement, 0):.2g} "
-            f"nats; {typical:.2g} at the median simulation)."
+            "simulations, and flow and proxy "
+            # A test that finds nothing unusual does not make a large difference small.
+            + (
+                f"differ no more than at other simulations (by {numbers})."
+                if max(found, typical) > MAX_AGREEMENT
+                else f"agree (to {numbers})."
+            )
         ]
         if comparison.from_prior.any():
             lines.append(
@@ -605,10 +616,10 @@ def _verdict(
             f"disagreement: {ceil(1 / level - 1e-9) - 1} are needed, as "
             "comparison=compare_models(inference, held_out=(theta, x))."
         )
-    elif typical > 1:
+    elif typical > MAX_AGREEMENT:
         lines.append(
-            f"The proxy is a poor witness: it differs from the flow by {typical:.2g} "
-            "nats at the median simulation as well."
+            "The proxy is a poor witness, whatever it says here: it differs from the "
+            f"flow by {typical:.2g} nats at the median simulation."
         )
     shown = ", ".join(f"{name} {p:.2g}" for name, p in p_values.items())
     lines.append(

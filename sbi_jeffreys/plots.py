@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.cbook import normalize_kwargs
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from sbi.analysis import eval_conditional_density, pairplot
 from sbi.inference.posteriors.base_posterior import NeuralPosterior
 from scipy.stats import kstwo
@@ -31,11 +32,14 @@ FLOW, PROXY, COUPLING = "#0072B2", "#D55E00", "#009E73"
 COLORS = (FLOW, PROXY, COUPLING, "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# In points: what is smaller cannot be read.
+_SMALLEST_FONT = 5.0
 
 
 def plot_training(
     summary: Mapping[str, Sequence[float]],
     fig_kwargs: Optional[Mapping[str, Any]] = None,
+    plot_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> Tuple[Figure, np.ndarray]:
     r"""Plot the dynamics of a training: divergences, dual variables, proxy.
 
@@ -43,11 +47,15 @@ def plot_training(
     solid on validation simulations, those of the proxy with dots; the second the
     reverse divergence; the third the dual variables with the trust in the proxy; the
     fourth the partition function and, dashed, the effective sample size of its
-    estimate. Grey vertical lines are where one stage ends and the next begins.
+    estimate. Grey vertical lines are where one stage ends and the next begins. The
+    names of the stages are above the first axes: in their order, each over its stage
+    where there is room.
 
     Args:
         summary: `JeffreysNPE.summary` of a trained inference object.
         fig_kwargs: Keywords of `matplotlib.pyplot.subplots`.
+        plot_kwargs: Keywords of `matplotlib.axes.Axes.plot` for all curves, such as
+            `{"alpha": 0.7}`, in the place of those that a curve has by itself.
 
     Returns:
         Figure and axes.
@@ -65,7 +73,7 @@ def plot_training(
     fig, axes = plt.subplots(1, 4, **{**defaults, **(fig_kwargs or {})})
 
     def line(ax: Axes, name: str, **kwargs: Any) -> None:
-        ax.plot(epochs, summary[name], **kwargs)
+        ax.plot(epochs, summary[name], **_line_style(kwargs, plot_kwargs))
 
     dots = {"marker": "o", "ms": 3, "markevery": max(1, len(epochs) // 15)}
     line(axes[0], "training_forward_kl", color=FLOW, ls="--", lw=1)
@@ -105,29 +113,31 @@ def plot_training(
     axes[3].set_title("Partition function")
     axes[3].set_ylabel("nats")
     size = axes[3].twinx()
-    size.plot(epochs, summary["effective_sample_size"], color="0.4", ls="--", lw=1)
+    line(size, "effective_sample_size", color="0.4", ls="--", lw=1)
     size.set_ylabel("effective sample size (dashed)", color="0.4")
     size.set_ylim(bottom=0)
 
     stages = list(summary.get("stage", ()))
     starts = [i for i in range(1, len(stages)) if stages[i] != stages[i - 1]]
+    names = []
     if stages and len(starts) <= 3:  # of one training there is room for the names
         firsts, ends = (0, *starts), (*starts, len(stages))
-        for first, end in zip(firsts, ends, strict=True):
-            side, place = "center", (first + end) / 2
-            if first == 0:
-                side, place = "left", first
-            elif end == len(stages):
-                side, place = "right", end
+        names = [
             axes[0].text(
-                place,
+                (first + 1 + end) / 2,
                 1.01,
                 stages[first],
                 transform=axes[0].get_xaxis_transform(),
-                ha=side,
+                ha="center",
+                va="bottom",
                 color="0.4",
                 fontsize="small",
+                # The title keeps the room above the axes. Beside them there is to be
+                # none: the names do not stay where they are before `_spread`.
+                in_layout=False,
             )
+            for first, end in zip(firsts, ends, strict=True)
+        ]
     for ax in axes:
         for start in starts:
             ax.axvline(start + 0.5, color="0.8", lw=0.8, zorder=0)
@@ -148,6 +158,7 @@ def plot_training(
     # The layout is made for the ticks that the axes have before it. Those of the
     # smaller axes may be wider, and would be cut off without a second one.
     fig.draw_without_rendering()
+    _spread(axes[0], names)
     return fig, axes
 
 
@@ -162,6 +173,7 @@ def plot_densities(
     levels: Sequence[float] = (0.5, 0.9),
     resolution: int = 100,
     fig_kwargs: Optional[Mapping[str, Any]] = None,
+    contour_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> Tuple[Figure, np.ndarray]:
     r"""Plot the densities of flow and proxy at an observation beside each other.
 
@@ -187,6 +199,8 @@ def plot_densities(
         levels: Masses between 0 and 1.
         resolution: Number of grid points in either direction.
         fig_kwargs: Keywords of `matplotlib.pyplot.subplots`.
+        contour_kwargs: Keywords of `matplotlib.axes.Axes.contour` for the lines, such
+            as `{"linestyles": ["--", "-"]}`, from the outer line to the inner.
 
     Returns:
         Figure and the axes of flow and proxy.
@@ -260,7 +274,9 @@ def plot_densities(
             rasterized=True,
         )
         thresholds = sorted({_threshold(density, mass) for mass in levels})
-        ax.contour(*grid, density, levels=thresholds, colors="black", linewidths=0.8)
+        lines: dict[str, Any] = {"colors": "black", "linewidths": 0.8}
+        lines.update(contour_kwargs or {})
+        ax.contour(*grid, density, levels=thresholds, **lines)
         if points is not None:
             marked = torch.as_tensor(points).reshape(-1, num).cpu()
             ax.plot(marked[:, first], marked[:, second], "k+", ms=10, mew=2)
@@ -385,6 +401,7 @@ def plot_calibration(
     labels: Optional[Sequence[str]] = None,
     confidence: float = 0.95,
     fig_kwargs: Optional[Mapping[str, Any]] = None,
+    styles: Optional[Mapping[str, Mapping[str, Any]]] = None,
 ) -> Tuple[Figure, np.ndarray]:
     r"""Plot how well several posteriors are calibrated: SBC and expected coverage.
 
@@ -393,9 +410,11 @@ def plot_calibration(
     (TARP [2]). A calibrated posterior is on the diagonal. The grey band holds the
     whole curve of one with probability `confidence` (Kolmogorov's test).
 
-    Below the diagonal and then above it, an S: the posterior is too wide. Above and
-    then below: too narrow. All above: the parameter is overestimated; all below:
-    underestimated.
+    Ranks above the diagonal and then below it, an S: too many true parameters lie at
+    the ends of the posterior. It is too narrow, or fills the space between modes at its
+    ends. Below and then above: too wide. All above: the parameter is overestimated; all
+    below: underestimated. Of the expected coverage it is the right half that tells:
+    below the diagonal too narrow, or biased; above it too wide.
 
     Example:
     --------
@@ -421,6 +440,8 @@ def plot_calibration(
         labels: Names of the parameters.
         confidence: Probability that a calibrated posterior is within the band.
         fig_kwargs: Keywords of `matplotlib.pyplot.subplots`.
+        styles: Keywords of `matplotlib.axes.Axes.plot` for posteriors by their names,
+            in the place of the colour and line that it would get by its place.
 
     Returns:
         Figure and axes, one for each parameter and one for the coverage.
@@ -463,9 +484,16 @@ def plot_calibration(
     axes = grid.ravel()[:num_panels]
     for ax in grid.ravel()[num_panels:]:
         ax.set_visible(False)
-    names = list(dict.fromkeys([*tables, *(coverage or {})]))
+    names: List[str] = list(dict.fromkeys([*tables, *(coverage or {})]))
     style = {
-        name: {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
+        name: _line_style(
+            {
+                "color": COLORS[i % len(COLORS)],
+                "linestyle": LINES[i % len(LINES)],
+                "label": name,
+            },
+            (styles or {}).get(name),
+        )
         for i, name in enumerate(names)
     }
     for i in range(num_parameters):
@@ -479,14 +507,14 @@ def plot_calibration(
             values = np.sort(table[:, i]) / num_posterior_samples
             steps = np.concatenate(([0.0], values, [1.0]))
             shares = np.append(np.arange(len(values) + 1) / len(values), 1.0)
-            axes[i].step(steps, shares, where="post", label=method, **style[method])
+            axes[i].step(steps, shares, where="post", **style[method])
     if coverage:
         ax = axes[-1]
         _diagonal(ax, num_simulations or num_runs, confidence)
         ax.set_xlabel("credibility level")
         ax.set_ylabel("expected coverage")
         for method, (ecp, alpha) in coverage.items():
-            ax.plot(alpha.cpu(), ecp.cpu(), label=method, **style[method])
+            ax.plot(alpha.cpu(), ecp.cpu(), **style[method])
     for ax in axes:
         ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
     handles = {}
@@ -559,14 +587,16 @@ def plot_c2st(
     )
     axes.axhline(0.5, color="0.8", lw=1, zorder=0)
     for i, (name, curve) in enumerate(curves.items()):
-        style = {
-            "color": COLORS[i % len(COLORS)],
-            "linestyle": LINES[i % len(LINES)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "capsize": 2,
-            "label": name,
-            **normalize_kwargs(dict((styles or {}).get(name, {})), Line2D),
-        }
+        style = _line_style(
+            {
+                "color": COLORS[i % len(COLORS)],
+                "linestyle": LINES[i % len(LINES)],
+                "marker": MARKERS[i % len(MARKERS)],
+                "capsize": 2,
+                "label": name,
+            },
+            (styles or {}).get(name),
+        )
         means = [values.mean() for values in curve.values()]
         # NaN is no bar: one of length zero would say that seeds agree.
         spread = [v.std(ddof=1) if len(v) > 1 else np.nan for v in curve.values()]
@@ -579,6 +609,49 @@ def plot_c2st(
     if ax is None:
         axes.legend(frameon=False)
     return axes.figure, axes  # type: ignore[return-value]
+
+
+def _line_style(
+    style: Mapping[str, Any], given: Optional[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return a line's keywords, with those that were given in their place."""
+    # By their full names: matplotlib refuses `lw` beside `linewidth`.
+    parts = (normalize_kwargs(dict(part or {}), Line2D) for part in (style, given))
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def _spread(ax: Axes, names: Sequence[Text], gap: float = 6.0) -> None:
+    """Move texts along the axes by as little as keeps them from each other.
+
+    They keep their order, and stay between the ends of the axes: smaller, where those
+    are too narrow for all, and beyond the right end where not even that is enough.
+
+    Args:
+        ax: The axes, with a layout that has been made. The place of the texts along
+            them is in data coordinates.
+        names: The texts, centred, from left to right.
+        gap: Space between two of them, in points.
+    """
+    space = gap * ax.figure.dpi / 72
+    left, right = ax.get_window_extent().intervalx
+    free = right - left - space * (len(names) - 1)
+    total = sum(name.get_window_extent().width for name in names)
+    if total > free:
+        for name in names:
+            # Widths follow the size of a font only nearly: glyphs are set on pixels.
+            share = 0.95 * max(free, 0) / total
+            name.set_fontsize(max(share * float(name.get_fontsize()), _SMALLEST_FONT))
+    halves = [name.get_window_extent().width / 2 for name in names]
+    right = max(right, left + 2 * sum(halves) + space * (len(names) - 1))
+    to_pixels = ax.transData
+    places = [to_pixels.transform((name.get_position()[0], 0))[0] for name in names]
+    for order, sign, end in ((1, 1, left), (-1, -1, right)):  # from either end
+        for i in range(len(names))[::order]:
+            least = end + sign * halves[i]
+            places[i] = max(places[i], least) if sign > 0 else min(places[i], least)
+            end = places[i] + sign * (halves[i] + space)
+    for name, place in zip(names, places, strict=True):
+        name.set_x(to_pixels.inverted().transform((place, 0))[0])
 
 
 class _Unnormalised:

@@ -37,16 +37,23 @@ def simulate(num, noise=0.5):
     return theta, theta + noise * torch.randn(num, 2)
 
 
-def train_gaussians(shift=0.0, width=1.0, tilt=0.0, num=400, **kwargs):
+def train_gaussians(shift=0.0, width=1.0, tilt=0.0, proxy_width=1.0, num=400, **kwargs):
     """Train closed forms so slowly that they stay.
 
-    The proxy is the posterior N(0.8 x, 0.2). The flow is `width` as wide and off by
-    `shift` and by `tilt` times x.
+    The posterior is N(0.8 x, 0.2). The flow is `width` as wide and off by `shift` and
+    by `tilt` times x; the proxy is `proxy_width` as wide.
     """
     root = width * 0.2**0.5 * torch.eye(2)
     weight = torch.tensor([[0.8 + tilt, 0.0], [0.0, 0.8]])
     flow = LinearGaussianFlow(weight, torch.full((2,), shift), root)
-    net = QuadraticEnergy(torch.eye(2), torch.zeros(2), 2 * torch.eye(2), shift=3.0)
+    # What is left of the proxy's precision without the prior's, which is one.
+    precision = 5 / proxy_width**2 - 1
+    net = QuadraticEnergy(
+        0.8 * (1 + 1 / precision) * torch.eye(2),
+        torch.zeros(2),
+        precision**0.5 * torch.eye(2),
+        shift=3.0,
+    )
     inference = JeffreysNPE(
         PRIOR,
         lambda theta, x: flow,
@@ -203,8 +210,27 @@ def test_verdict_on_closed_forms():
     assert check.relative_ess == pytest.approx(math.exp(-(0.05**2) * 2 / 0.2), abs=0.05)
     assert str(check) == check.text
     assert check.text.startswith("Nothing speaks against the posterior")
+    assert "flow and proxy agree (to 0.0" in check.text
+    assert "poor witness" not in check.text
     assert "p-values: novelty" in check.text
     assert "90 % credible regions hold" in check.text
+
+
+def test_a_large_difference_is_no_agreement_where_it_is_the_same_everywhere():
+    inference = train_gaussians(proxy_width=2.0)  # at all observations
+    comparison = compare_models(inference, simulate(300))
+    check = check_fit(inference, torch.tensor([0.5, -0.5]), comparison, 0.01)
+    # In two dimensions the two divergences sum to w^2 + 1 / w^2 - 2.
+    found = check.flow_to_proxy + check.proxy_to_flow
+    assert found == pytest.approx(2.25, abs=0.5)
+    assert check.trusted
+    assert "flow and proxy agree" not in check.text
+    typical = comparison.disagreement.median()
+    assert (
+        "differ no more than at other simulations "
+        f"(by {found:.2g} nats; {typical:.2g} at the median simulation)." in check.text
+    )
+    assert f"differs from the flow by {typical:.2g} nats" in check.text
 
 
 def test_disagreement_is_found_where_nothing_else_is():

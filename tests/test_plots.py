@@ -1,5 +1,7 @@
 """Plots: what is drawn is what closed forms say, and can be told apart in print."""
 
+import itertools
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -102,6 +104,57 @@ def test_saved_pictures_of_a_training_are_whole(top, tmp_path):
     assert all(ax.get_tightbbox(renderer).x0 > 0 for ax in axes)
 
 
+STAGES = ("flow", "likelihood", "proxy", "distillation")
+
+
+@pytest.mark.parametrize("figsize", [(13, 3.4), (9, 2), (10, 3)])
+@pytest.mark.parametrize(
+    "lengths",
+    [(50, 40, 60, 45), (300, 2, 2, 2), (2, 2, 2, 300), (2, 300, 2, 2), (100, 30, 5)],
+)
+def test_names_of_stages_are_beside_each_other(lengths, figsize, tmp_path):
+    names = [name for name, num in zip(STAGES, lengths, strict=False) if num]
+    stages = [
+        name for name, num in zip(STAGES, lengths, strict=False) for _ in range(num)
+    ]
+    summary = {**summary_of(len(stages)), "stage": stages}
+    fig, (ax, *others) = plot_training(summary, fig_kwargs={"figsize": figsize})
+    fig.savefig(tmp_path / "training.png", dpi=150)  # makes the layout again
+    fig.canvas.draw()
+    assert [text.get_text() for text in ax.texts] == names
+    boxes = [text.get_window_extent() for text in ax.texts]
+    for left, right in itertools.pairwise(boxes):
+        assert left.x1 < right.x0
+    # Of its axes alone; a layout may move their ends by a few pixels.
+    axes, following = ax.get_window_extent(), others[0].get_window_extent()
+    assert axes.x0 - 6 < boxes[0].x0 and boxes[-1].x1 < following.x0 - 6
+    assert all(text.get_fontsize() >= 5 for text in ax.texts)
+    assert all(box.y0 > axes.y1 for box in boxes)
+    assert all(box.y1 < ax.title.get_window_extent().y0 for box in boxes)
+
+
+def test_names_of_stages_are_over_them_where_there_is_room():
+    stages = [name for name in STAGES for _ in range(50)]
+    _, axes = plot_training({**summary_of(200), "stage": stages})
+    places = [text.get_position()[0] for text in axes[0].texts]
+    # The last two would come next to each other: they may move by a few epochs.
+    np.testing.assert_allclose(places, [25.5, 75.5, 125.5, 175.5], atol=12)
+    np.testing.assert_allclose(places[:2], [25.5, 75.5], atol=1e-6)
+
+
+def test_keywords_of_lines_take_the_place_of_those_of_a_training():
+    def lines_of(axes):
+        drawn = (line for ax in axes[0].figure.axes for line in ax.lines)
+        return [line for line in drawn if len(line.get_xdata()) == 5]
+
+    _, plain = plot_training(summary_of(5))
+    _, axes = plot_training(summary_of(5), plot_kwargs={"lw": 3, "alpha": 0.5})
+    for before, after in zip(lines_of(plain), lines_of(axes), strict=True):
+        assert after.get_linewidth() == 3 and after.get_alpha() == 0.5
+        assert after.get_color() == before.get_color()
+        assert after.get_linestyle() == before.get_linestyle()
+
+
 def test_keywords_of_the_figure_are_added_to_those_of_densities(estimator, prior):
     posterior = RefinedPosterior(estimator, prior)
     options = {"limits": [[-3.0, 3.0]] * 3, "condition": torch.zeros(3)}
@@ -194,6 +247,23 @@ def test_the_lines_of_plot_densities_hold_their_masses(estimator, flow, prior):
         precision = truth.precision_matrix
         squared = ((deviation @ precision) * deviation).sum(1).detach().numpy()
         np.testing.assert_allclose(squared, chi2.ppf(mass, 2), rtol=0.05)
+
+
+def test_keywords_of_the_lines_of_plot_densities(estimator, prior):
+    _, axes = plot_densities(
+        RefinedPosterior(estimator, prior),
+        X_O,
+        limits=[[-3.5, 4.5], [-4.0, 4.0], [-4.0, 4.0]],
+        condition=torch.zeros(3),
+        resolution=50,
+        contour_kwargs={"colors": "red", "linestyles": ["--", "-"]},
+    )
+    for ax in axes:
+        contours = ax.collections[1]
+        assert to_hex(contours.get_edgecolor()[0]) == "#ff0000"
+        assert contours.get_linewidth()[0] == 0.8  # as without
+        outer, inner = contours.get_linestyle()
+        assert outer[1] is not None and inner[1] is None
 
 
 def test_plot_densities_finds_its_limits(estimator, flow, prior):
@@ -363,6 +433,24 @@ def test_plot_calibration_says_what_it_needs():
         plot_calibration({"a": torch.ones(10, 2), "b": torch.ones(10, 3)})
     with pytest.raises(ValueError, match="num_posterior_samples=100"):
         plot_calibration({"a": torch.full((10, 1), 101)}, num_posterior_samples=100)
+
+
+def test_plot_calibration_takes_styles_of_posteriors():
+    alpha = torch.linspace(0, 1, 11)
+    names = ("flow", "refined")
+    fig, axes = plot_calibration(
+        {name: torch.randint(0, 101, (50, 1)) for name in names},
+        {name: (alpha, alpha) for name in names},
+        num_posterior_samples=100,
+        styles={"refined": {"lw": 3, "c": "0.5", "label": "refined, 50"}},
+    )
+    for ax in axes:
+        _, flow, refined = ax.lines
+        assert to_hex(flow.get_color()) in OKABE_ITO and flow.get_linewidth() < 3
+        assert refined.get_color() == "0.5" and refined.get_linewidth() == 3
+        assert refined.get_linestyle() == "--"  # its own, as before
+    shown = [text.get_text() for text in fig.legends[0].get_texts()]
+    assert shown == ["calibrated, 95 %", "flow", "refined, 50"]
 
 
 SCORES = {
