@@ -28,12 +28,7 @@ LOG_TWO = math.log(2)
 
 
 class EnergyNet(nn.Module):
-    r"""Residual network for $f_\psi(\theta, x) = \log (2 \sigma(h))$.
-
-    The logistic function $\sigma$ of what the last layer returns bounds the proxy,
-    $q < 2 b / Z$. Without a bound, a network that overfits has energies of minus
-    hundreds at places that none of the samples behind $Z$ has found, and there nearly
-    all of its mass.
+    r"""Residual network for $f_\psi(\theta, x)$.
 
     Its inputs are the standardised parameters $z$, their residual coordinates
     $u(\theta, x)$ and the condition. With $u$ a network of $x$ and $\theta$ need not
@@ -102,8 +97,25 @@ class EnergyNet(nn.Module):
         hidden = self.theta_layer(inputs) + self.x_layer(embedded)
         for block in self.blocks:
             hidden = block(hidden)
-        h = self.final_layer(self.activation(hidden)).squeeze(-1)
-        return F.logsigmoid(h) + LOG_TWO
+        return self.final_layer(self.activation(hidden)).squeeze(-1)
+
+
+class BoundedEnergyNet(EnergyNet):
+    r"""The same for $f_\psi(\theta, x) = \log (2 \sigma(h))$ of what it returns, $h$.
+
+    The logistic function $\sigma$ bounds the proxy, $q < 2 b / Z$. Without a bound, a
+    network that overfits has energies of minus hundreds at places that none of the few
+    samples behind $Z(x)$ has found, and there nearly all of its mass.
+    """
+
+    def forward(self, theta: Tensor, x: Tensor) -> Tensor:
+        r"""Return $f_\psi(\theta, x) < \log 2$ of shape `(sample_dim, batch_dim)`.
+
+        Args:
+            theta: Parameters of shape `(sample_dim, batch_dim, theta_numel)`.
+            x: Conditions of shape `(batch_dim, *condition_shape)`.
+        """
+        return F.logsigmoid(super().forward(theta, x)) + LOG_TWO
 
 
 class ConditionDropout(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sbi_jeffreys.base_measure import make_base_measure
 from sbi_jeffreys.coordinates import ResidualCoordinates
-from sbi_jeffreys.energy import ConditionalEnergy, EnergyNet
+from sbi_jeffreys.energy import BoundedEnergyNet, ConditionalEnergy, EnergyNet
 from sbi_jeffreys.features import Features
 from sbi_jeffreys.likelihood import SurrogateLikelihoods, has_likelihood
 from sbi_jeffreys.pooled_energy import PooledEnergy
@@ -107,7 +107,10 @@ def energy_nn(
         else:
             embedding = build_z_scored_embedding_net(x, z_score_x, embedding_net)
             x_numel = get_numel(x, embedding_net=embedding_net)
-        net = EnergyNet(
+        # Without a condition the samples of all batches are behind one Z, which misses
+        # no place for long; a bound only slows the network down.
+        is_conditional = bool((x != x[0]).any())
+        net = (BoundedEnergyNet if is_conditional else EnergyNet)(
             coordinates,
             features,
             embedding,

@@ -227,7 +227,7 @@ def test_energy_is_bounded_far_away():
     assert (far - near).abs().median() > 0.1  # not flat
 
 
-def test_no_energy_is_much_lower_than_at_first():
+def test_no_energy_of_a_posterior_is_much_lower_than_at_first():
     """Or nearly all of the mass could be where no sample has been."""
     theta, x = simulations(200)
     proxy = randomize(build())
@@ -236,6 +236,12 @@ def test_no_energy_is_much_lower_than_at_first():
         f = proxy(theta[None], x)
     assert f.max() <= math.log(2) + 1e-6
     assert f.min() < -100
+    # Nor is there a bound where there is no condition: it only slows the network down.
+    proxy = randomize(energy_nn(20, 3)(theta, torch.zeros(200, 1), None))
+    with torch.no_grad():
+        proxy.net.final_layer.weight *= 1000
+        f = proxy(theta[None], torch.zeros(200, 1))
+    assert f.max() > 100
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
