@@ -16,6 +16,12 @@ UNSCREENED = REPORTS / "unscreened_1000/results.csv"
 NETWORK = REPORTS / "network_1000/results.csv"
 PRESETS = REPORTS / "presets_1000/rows.csv"
 CALIBRATION = REPORTS / "calibration_1000"
+# That of the default before energies had a bound, and of today's.
+LATER_CALIBRATION = (
+    REPORTS / "calibration_default_1000",
+    REPORTS / "calibration_bounded_1000",
+)
+PUBLISHED = REPOSITORY / "tasks/published/c2st.csv"
 DENSITY = REPOSITORY / "docs/density/results.csv"
 
 PEERS = ("npe_maf", "npe_nsf")
@@ -31,6 +37,8 @@ NOW_AND_BEFORE: Pairs = {
 }
 # A loss below this shows as one of 0.000.
 SHOWN = 0.0005
+# Minutes that a training with 10,000 simulations should take at most.
+AIM = 20
 
 Rows = list[dict[str, str]]
 # C2ST of (task, method, seed, observation).
@@ -101,20 +109,37 @@ def _plus_minus(values: list[float], errors_of_mean: bool = False) -> str:
 def c2st(path: Path) -> str:
     """Return C2ST of every task and method, the best in bold.
 
-    The mean is over the tasks that all methods were run on.
+    The mean is over all tasks, of the methods that were run on all. If there are others
+    it is followed by that over the tasks that all methods were run on.
     """
     values = scores(read(path))
-    methods = sorted({key[1] for key in values})
-    means = [[_mean(values, t, method) for method in methods] for t in _tasks(values)]
+    tasks, methods = _tasks(values), sorted({key[1] for key in values})
+    means = [[_mean(values, task, method) for method in methods] for task in tasks]
     lines = []
-    for task, cells in zip(_tasks(values), means, strict=True):
+    for task, cells in zip(tasks, means, strict=True):
         best = min(filter(math.isfinite, cells))
         lines.append([f"`{task}`", *(_cell(value, value == best) for value in cells)])
-    complete = [cells for cells in means if all(map(math.isfinite, cells))]
-    if len(complete) > 1:
-        averages = [mean(column) for column in zip(*complete, strict=True)]
-        lines.append(["mean", *(_cell(value) for value in averages)])
+    # Of a method that lacks a task the mean is no number.
+    averages = [mean(column) for column in zip(*means, strict=True)]
+    lines.append([f"mean of all {len(tasks)}", *map(_cell, averages)])
+    complete = _of_all_methods(path)
+    if 1 < len(complete) < len(tasks):
+        averages = [mean(_mean(values, t, m) for t in complete) for m in methods]
+        lines.append([f"mean of {_listed(complete)}", *map(_cell, averages)])
     return table(["task", *(f"`{method}`" for method in methods)], lines)
+
+
+def _of_all_methods(path: Path) -> list[str]:
+    """Return the tasks that all methods were run on."""
+    values = scores(read(path))
+    methods = {key[1] for key in values}
+    run = {key[:2] for key in values}
+    return [t for t in _tasks(values) if all((t, m) in run for m in methods)]
+
+
+def _listed(names: list[str]) -> str:
+    """Return names as a text lists them."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _cell(value: float, is_best: bool = False) -> str:
@@ -129,11 +154,19 @@ def refined_mean(path: Path) -> str:
     return f"{mean(means):.3f}"
 
 
+def _minutes(path: Path) -> dict[str, float]:
+    rows = [row for row in read(path) if row["method"] == "jeffreys_refined"]
+    return {row["task"]: float(row["training_seconds"]) / 60 for row in rows}
+
+
 def minutes(path: Path) -> str:
     """Return how long a training of ours took on every task."""
-    rows = [row for row in read(path) if row["method"] == "jeffreys_refined"]
-    seconds = {row["task"]: float(row["training_seconds"]) for row in rows}
-    return ", ".join(f"{task} {s / 60:.0f}" for task, s in sorted(seconds.items()))
+    return ", ".join(f"{t} {value:.1f}" for t, value in sorted(_minutes(path).items()))
+
+
+def slow(path: Path) -> str:
+    """Return the tasks on which a training of ours took longer than it should."""
+    return _listed(sorted(t for t, value in _minutes(path).items() if value > AIM))
 
 
 def losses() -> str:
@@ -156,9 +189,39 @@ def losses() -> str:
                     f"{num} of {len(differences)}",
                 ])
     if not lines:
-        return "*There is none.*"
+        return (
+            f"There is no loss. On none of the {len(_tasks(values))} tasks, with none "
+            "of the seeds, was NPE (`npe_maf`, `npe_nsf`) better than the flow or the "
+            "refined posterior, nor the flow better than the refined posterior."
+        )
     header = ["task", "ours", "the other", "C2ST ours", "C2ST of the other"]
-    return table([*header, "difference", "seeds with a loss"], lines)
+    return (
+        "The table has every task on which one of ours lost with at least one seed, "
+        "the refined posterior also to the flow. Differences are means over the seeds "
+        "± their standard deviation.\n\n"
+    ) + table([*header, "difference", "seeds with a loss"], lines)
+
+
+def published_losses() -> str:
+    """Return where a published method was better than ours."""
+    published = [row for row in read(PUBLISHED) if row["source"] == "lueckmann2021"]
+    lines = []
+    for path, budget in ((BENCHMARK, 1000), (MORE_SIMULATIONS, 10_000)):
+        values = scores(read(path))
+        for us in ("jeffreys_refined", "jeffreys"):
+            for task in _tasks(values):
+                ours = _mean(values, task, us)
+                better = [
+                    f"{row['method']} {float(row['c2st_mean']):.3f}"
+                    for row in published
+                    if (row["task"], int(row["budget"])) == (task, budget)
+                    and float(row["c2st_mean"]) < ours
+                ]
+                if better:
+                    cells = [f"`{task}`", f"`{us}`", f"{ours:.3f}", ", ".join(better)]
+                    lines.append([f"{budget:,}", *cells])
+    header = ["simulations", "task", "ours", "C2ST ours", "published and better"]
+    return table(header, lines)
 
 
 def _with_network_alone() -> Scores:
@@ -263,6 +326,25 @@ def calibration_losses() -> str:
     return table(header, lines)
 
 
+def later_calibration() -> str:
+    """Return the error by SBC of defaults after the one that was measured in full."""
+    first, *later = (
+        {
+            (row["task"], row["method"]): float(row["sbc_area"])
+            for row in read(folder / "rows.csv")
+        }
+        for folder in (CALIBRATION, *LATER_CALIBRATION)
+    )
+    lines = []
+    for task in sorted({task for found in later for task, _ in found}):
+        for name, (ours, alone) in SURROGATES.items():
+            cells = [found.get((task, ours), math.nan) for found in later]
+            cells = [first[task, alone], *cells, first[task, "npe_nsf"]]
+            lines.append([f"`{task}`", name, *map(_cell, cells)])
+    header = ["without surrogates", "with them", "with them and a bound (today)"]
+    return table(["task", "posterior", *header, "NPE (nsf)"], lines)
+
+
 def density_losses() -> str:
     """Return where another density estimator was better in the mean of the seeds."""
     quantities = (
@@ -347,12 +429,14 @@ def substitutions() -> dict[str, str]:
     return {
         "c2st_table": c2st(BENCHMARK),
         "c2st_table_10000": c2st(MORE_SIMULATIONS),
-        "loss_table": losses(),
+        "losses": losses(),
+        "published_loss_table": published_losses(),
         "surrogate_table": surrogates(),
         "bound_table": bound(),
         "screening_table": screening(),
         "surrogate_loss_table": surrogate_losses(),
         "calibration_loss_table": calibration_losses(),
+        "later_calibration_table": later_calibration(),
         "density_loss_table": density_losses(),
         "training_ratio": training_ratio(),
         "training_table": training_table(),
@@ -360,6 +444,7 @@ def substitutions() -> dict[str, str]:
         "seeds_10000": seeds(read(MORE_SIMULATIONS)),
         "refined_10000": refined_mean(MORE_SIMULATIONS),
         "minutes_10000": minutes(MORE_SIMULATIONS),
+        "slow_10000": slow(MORE_SIMULATIONS),
         "bound_seeds": seeds(read(UNBOUNDED)),
         "screening_seeds": seeds(read(UNSCREENED)),
         "surrogate_seeds": seeds([

@@ -1,6 +1,7 @@
 """The site builds without a warning, and says what the code and the report say."""
 
 import csv
+import json
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ import sbi_jeffreys
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "tasks/reports"
 CELL = r"<t[hd](?: [^>]*)?>(.*?)</t[hd]>"
+BENCHMARKED = ("npe_maf", "npe_nsf")
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +78,11 @@ def rows_of(page):
     ]
 
 
+def text_of(path):
+    """Return the text of a page of the repository, with single spaces."""
+    return " ".join((ROOT / path).read_text().split())
+
+
 @pytest.fixture(scope="module")
 def c2st():
     """C2ST of the benchmark by task, seed and observation, a column for each method."""
@@ -128,6 +135,8 @@ def test_the_figures_are_those_of_the_report(site, c2st):
     for task, means in by_task.iterrows():
         expected = [task, *(f"{means[method]:.3f}" for method in header[1:])]
         assert expected in shown
+    averages = (f"{by_task[method].mean():.3f}" for method in header[1:])
+    assert [f"mean of all {len(by_task)}", *averages] in shown
 
 
 def test_the_figures_of_more_simulations_are_those_of_their_report(site):
@@ -139,9 +148,62 @@ def test_the_figures_of_more_simulations_are_those_of_their_report(site):
         assert [task, *cells] in shown
     header = next(row for row in shown if len(row) == 1 + means.shape[1])
     assert set(header[1:]) == set(means.columns)
-    complete = means.dropna()
-    averages = ["mean", *(f"{score:.3f}" for score in complete.mean())]
-    assert (averages in shown) == (len(complete) > 1)
+    complete, averages = means.dropna(), means.mean(skipna=False)
+    assert averages.notna().any() and averages.isna().any()
+    cells = ["–" if pd.isna(score) else f"{score:.3f}" for score in averages]
+    assert [f"mean of all {len(means)}", *cells] in shown
+    assert list(complete.index) == ["slcp", "two_moons"]
+    cells = [f"{score:.3f}" for score in complete.mean()]
+    assert ["mean of slcp and two_moons", *cells] in shown
+    ours = rows[rows["method"] == "jeffreys_refined"]
+    minutes = ours.groupby("task")["training_seconds"].first() / 60
+    text = " ".join(
+        re.sub(r"<.*?>", "", (site / "benchmarks.html").read_text()).split()
+    )
+    for task, value in minutes.items():
+        assert f"{task} {value:.1f}" in text
+    *slow, last = minutes[minutes > 20].index
+    assert f"twenty minutes is missed on {', '.join(slow)} and {last}." in text
+
+
+def test_other_methods_of_one_round_lose_as_the_page_says():
+    rows = pd.read_csv(REPORTS / "single_round_1000/results.csv")
+    scores = rows.pivot_table("c2st", ["task", "seed", "observation"], "method")
+    page = text_of("docs/benchmarks.md")
+    others = [m for m in scores if "jeffreys" not in m and m not in BENCHMARKED]
+    assert set(others) >= {"fmpe", "npse", "nre", "npe_mdn", "npe_zuko_nsf"}
+    tasks = ["two_moons", "gaussian_mixture", "slcp", "lotka_volterra", "sir"]
+    with_nle = scores.dropna(subset="nle").groupby("task").mean()
+    assert sorted(with_nle.index) == sorted(tasks)
+    for task, row in with_nle[["nle", "jeffreys", "jeffreys_refined"]].iterrows():
+        assert f"{task} {', '.join(f'{score:.3f}' for score in row)}" in page
+    lead = with_nle["nle"] - with_nle["jeffreys_refined"]
+    assert f"better on all five, by {lead.min():.3f} at least" in page
+    loss = with_nle["jeffreys"] - with_nle["nle"]
+    assert list(loss[loss > 0].index) == ["slcp"]
+    assert f"on slcp the flow was worse, by {loss['slcp']:.3f}" in page
+    others.remove("nle")
+    leads = {}
+    for us in ("jeffreys", "jeffreys_refined"):
+        pairs = scores[others].rsub(scores[us], axis=0)
+        by_seed = pairs.groupby(["task", "seed"]).mean()
+        assert not (by_seed >= 0).any(axis=None)
+        leads[us] = -by_seed.groupby("task").mean().max(axis=None)
+    assert (
+        f"flow's smallest lead is {leads['jeffreys']:.3f}, the refined posterior's "
+        f"{leads['jeffreys_refined']:.3f}, both on lotka_volterra"
+    ) in page
+
+
+def test_every_report_has_a_line_and_a_label_of_its_own(site):
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    labels = dict(re.findall(r"^(\w.*) <(reports/\w+/report)>$", page, re.M))
+    for report in REPORTS.glob("*/report.md"):
+        name = f"reports/{report.parent.name}/report"
+        assert name in labels.values(), name
+        assert f"</{name}>`: " in page, name
+    targets = re.findall(r"^\w.* <(reports/\w+/report)>$", page, re.M)
+    assert len(labels) == len(set(targets)) == len(targets)
 
 
 def test_the_gains_with_images_are_those_of_the_study():
@@ -164,6 +226,7 @@ def test_the_gains_with_images_are_those_of_the_study():
 def test_every_loss_of_the_benchmark_is_shown(site, c2st):
     shown = rows_of(site / "when_not_to_use.html")
     by_seed = c2st.groupby(["task", "seed"]).mean()
+    num_losses = 0
     pairs = [(us, npe) for us in c2st if "jeff" in us for npe in c2st if "npe" in npe]
     for us, peer in [*pairs, ("jeffreys_refined", "jeffreys")]:
         for task, loss in (by_seed[us] - by_seed[peer]).groupby("task"):
@@ -176,6 +239,104 @@ def test_every_loss_of_the_benchmark_is_shown(site, c2st):
             ]
             row += [f"{loss.mean():+.3f} ± {loss.std():.3f}", num]
             assert (row in shown) == (loss > 0).any(), row
+            num_losses += (loss > 0).any()
+    page = (site / "when_not_to_use.html").read_text()
+    assert ("There is no loss." in page) == (num_losses == 0)
+
+
+def test_every_loss_to_published_figures_is_shown(site):
+    published = pd.read_csv(ROOT / "tasks/published/c2st.csv")
+    published = published[published["source"] == "lueckmann2021"]
+    shown = rows_of(site / "when_not_to_use.html")
+    expected = []
+    for budget in (1000, 10_000):
+        rows = pd.read_csv(REPORTS / f"against_npe_{budget}/results.csv")
+        means = rows.pivot_table("c2st", "task", "method")
+        theirs = published[published["budget"] == budget]
+        theirs = theirs.pivot(index="task", columns="method", values="c2st_mean")
+        for us in ("jeffreys", "jeffreys_refined"):
+            for task, ours in means[us].dropna().items():
+                better = theirs.loc[task][theirs.loc[task] < ours]
+                cells = ", ".join(f"{name} {mean:.3f}" for name, mean in better.items())
+                if cells:
+                    row = [f"{budget:,}", task, us, f"{ours:.3f}", cells]
+                    expected.append(row)
+    start = shown.index([
+        *("simulations", "task", "ours", "C2ST ours", "published and better"),
+    ])
+    assert sorted(shown[start + 1 : start + 1 + len(expected)]) == sorted(expected)
+    assert len(shown[start + 1 + len(expected)]) != len(expected[0])
+    readme = text_of("README.md")
+    for task, figure in (("bernoulli_glm", "0.634"), ("sir", "0.636")):
+        assert f"{task} ({figure})" in readme
+    assert "and lotka_volterra (0.909)" in readme
+    refined = {row[1] for row in expected if row[0] == "1,000" and "refined" in row[2]}
+    assert refined == {"bernoulli_glm", "sir", "lotka_volterra"}
+
+
+def test_the_images_of_the_tutorial_are_scored_as_it_says():
+    with open(ROOT / "tutorials/05_rich_data.ipynb") as file:
+        cells = json.load(file)["cells"]
+    texts = (out.get("text", "") for c in cells for out in c.get("outputs", []))
+    printed = "".join("".join(text) for text in texts)
+    names = ("NPE", "JeffreysNPE", "refined")
+    c2st = [re.search(rf"^{n} .*mean (\d.\d\d)$", printed, re.M)[1] for n in names]
+    gains = [
+        re.search(rf"^{n} .*better than NPE by (.*)$", printed, re.M)[1]
+        for n in names[1:]
+    ]
+    page = text_of("docs/when_not_to_use.md")
+    of_npe, flow, refined = c2st
+    assert (
+        f"{of_npe} for NPE, {flow} for the flow and {refined} for the refined" in page
+    )
+    assert f"{' and '.join(gains)} nats" in page
+
+
+def test_rounds_lose_as_the_page_says():
+    means = {}
+    for name in ("sequential_1000", "network_1000", "against_npe_1000"):
+        rows = pd.read_csv(REPORTS / f"{name}/results.csv")
+        first = rows[rows["observation"] == 1]
+        means.update(first.pivot_table("c2st", ["method", "task"])["c2st"].items())
+    page = text_of("docs/when_not_to_use.md")
+
+    def against(suffix, task):
+        ten, one = (
+            means[f"sjeffreys{suffix}", task],
+            means[f"jeffreys_network{suffix}", task],
+        )
+        return f"{ten:.3f} against {one:.3f}"
+
+    assert (
+        f"{against('_refined', 'two_moons')} (refined), though "
+        f"{against('', 'two_moons')} (flow)."
+    ) in page
+    assert f"{against('_refined', 'slcp')} and {against('', 'slcp')}." in page
+    now = [
+        f"{means['jeffreys_refined', task]:.3f} and {means['jeffreys', task]:.3f}"
+        for task in ("two_moons", "slcp")
+    ]
+    assert f"has {now[0]} on two_moons and {now[1]} on slcp in one round" in page
+
+
+def test_calibration_of_later_defaults_is_that_of_their_rows(site):
+    shown = rows_of(site / "when_not_to_use.html")
+
+    def errors(name):
+        rows = pd.read_csv(REPORTS / name / "rows.csv")
+        return rows.set_index(["task", "method"])["sbc_area"]
+
+    first, later = errors("calibration_1000"), errors("calibration_default_1000")
+    bounded = errors("calibration_bounded_1000")
+    assert set(bounded.index) < set(later.index)
+    for task, method in later.index:
+        alone = first[task, method.replace("jeffreys", "jeffreys_network")]
+        cells = [f"{alone:.3f}", f"{later[task, method]:.3f}"]
+        is_known = (task, method) in bounded
+        cells.append(f"{bounded[task, method]:.3f}" if is_known else "–")
+        cells.append(f"{first[task, 'npe_nsf']:.3f}")
+        assert [task, {"jeffreys": "flow"}.get(method, "refined"), *cells] in shown
 
 
 def test_every_loss_of_calibration_is_shown(site):
@@ -249,7 +410,7 @@ def test_the_table_of_the_surrogates_is_that_of_the_rows(site, with_surrogates):
     columns += ["jeffreys", "jeffreys_network"]
     expected = with_surrogates[columns].groupby("task").mean()
     expected.loc["mean"] = expected.mean()
-    shown = rows_of(site / "how_to/networks.html")
+    shown = rows_of(site / "proxy.html")
     for task, means in expected.iterrows():
         assert [task, *(f"{mean:.3f}" for mean in means)] in shown
 
@@ -257,9 +418,12 @@ def test_the_table_of_the_surrogates_is_that_of_the_rows(site, with_surrogates):
 def test_the_tables_of_bound_and_screening_are_those_of_the_rows(
     site, c2st, unbounded, unscreened
 ):
-    shown = rows_of(site / "how_to/networks.html")
     bounded = unscreened.combine_first(c2st)
-    for now, before in ((bounded, unbounded), (c2st, unscreened)):
+    for page, now, before in (
+        ("proxy", bounded, unbounded),
+        ("how_to/networks", c2st, unscreened),
+    ):
+        shown = rows_of(site / f"{page}.html")
         both = now.join(before.add_suffix(" before"), how="inner")
         expected = both.groupby("task").mean()
         expected.loc["mean"] = expected.mean()
@@ -275,25 +439,24 @@ def test_the_tables_of_bound_and_screening_are_those_of_the_rows(
 def test_the_readme_says_what_the_rows_say(
     c2st, unbounded, unscreened, with_surrogates, training_ratios
 ):
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme, proxy = text_of("README.md"), text_of("docs/proxy.md")
     for (_, flow), ratios in training_ratios.items():
         ratio = geometric_mean(ratios)
         assert f"{ratio:.1f} times as long as with NPE ({flow})" in readme
     rows = pd.read_csv(REPORTS / "likelihood_1000/rows.csv")
     seconds = rows.pivot_table("seconds", "task", "variant")
     ratios = seconds["jeffreys"] / seconds["without likelihoods"]
-    networks = " ".join((ROOT / "docs/how_to/networks.md").read_text().split())
-    assert f"{ratios.min():.1f} to {ratios.max():.1f} times as long" in networks
-    assert f"geometric mean of {geometric_mean(ratios):.1f}" in networks
+    assert f"{ratios.min():.1f} to {ratios.max():.1f} times as long" in proxy
+    assert f"geometric mean of {geometric_mean(ratios):.1f}" in proxy
 
     means = with_surrogates.groupby("task").mean()
     refined = means[["jeffreys_network_refined", "jeffreys_refined"]]
     gains = refined["jeffreys_network_refined"] - refined["jeffreys_refined"]
     for task in gains[gains.abs() > 0.02].index:
         before, after = refined.loc[task]
-        assert f"{task} ({before:.3f} to {after:.3f})" in readme
+        assert f"{task} ({before:.3f} to {after:.3f})" in proxy
     before, after = refined.mean()
-    assert f"from {before:.3f} to {after:.3f}" in readme
+    assert f"from {before:.3f} to {after:.3f}" in proxy
 
     by_seed = c2st.groupby(["seed", "task"]).mean().groupby("seed").mean()
     for method, name in (("jeffreys_refined", "refined"), ("npe_nsf", "NPE (nsf)")):
@@ -310,8 +473,25 @@ def test_the_readme_says_what_the_rows_say(
     bounded = both["jeffreys_refined"].groupby("task").mean().mean()
     assert (
         f"fresh samples to learn with and to be judged by, takes it to {bounded:.3f}"
-        in readme
+        in proxy
     )
+    assert f"mean over the tasks was {after:.3f}; the bound" in proxy
+
+
+def test_the_readme_says_what_the_rows_of_learning_rate_and_presets_say():
+    readme = text_of("README.md")
+    rows = pd.read_csv(REPORTS / "ablation_1000/rows.csv")
+    flow = rows[rows["model"] == "flow"].groupby("variant")["loss"].mean()
+    faster = flow["npe, nsf, our learning rate"]
+    gain, left = flow["npe, nsf"] - faster, faster - flow["without likelihoods"]
+    assert (
+        f"{gain:.2f} nats on fresh simulations, and stays {left:.2f} behind" in readme
+    )
+    rows = pd.read_csv(REPORTS / "presets_1000/rows.csv")
+    loss = rows.groupby(["variant", "model"])["loss"].mean()
+    fast = loss["jeffreys, fast", "refined"]
+    behind, ahead = fast - loss["jeffreys", "refined"], loss["npe, nsf", "flow"] - fast
+    assert f"is {behind:.2f} nats behind the default's and {ahead:.2f} ahead" in readme
 
 
 def test_the_page_on_rounds_says_what_the_rows_say():
@@ -354,7 +534,7 @@ def test_the_readme_says_what_the_rows_of_more_simulations_say(site):
     rows = pd.read_csv(REPORTS / "against_npe_10000/results.csv")
     means = rows.pivot_table("c2st", "task", "method")
     refined = means["jeffreys_refined"]
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme, page = text_of("README.md"), text_of("docs/benchmarks.md")
     assert len(refined.dropna()) == 10
     assert f"mean of **{refined.mean():.3f}** over the ten tasks" in readme
     assert f"{refined.mean():.3f}" in (site / "benchmarks.html").read_text()
@@ -364,7 +544,7 @@ def test_the_readme_says_what_the_rows_of_more_simulations_say(site):
         for method in ("jeffreys_refined", "npe_nsf")
     )
     assert list(means["npe_nsf"].dropna().index) == sorted(tasks)
-    assert f"refined {', '.join(ours[:-1])} and {ours[-1]} on" in readme
-    assert f"NPE {', '.join(theirs[:-1])} and {theirs[-1]}." in readme
+    assert f"refined {', '.join(ours[:-1])} and {ours[-1]} on" in page
+    assert f"NPE {', '.join(theirs[:-1])} and {theirs[-1]}." in page
     seconds = rows[rows.method == "jeffreys_refined"].training_seconds / 60
-    assert f"took {seconds.min():.0f} to {seconds.max():.0f} minutes" in readme
+    assert f"took {seconds.min():.0f} to {seconds.max():.0f} minutes" in page
