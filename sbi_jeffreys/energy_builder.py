@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sbi_jeffreys.base_measure import make_base_measure
 from sbi_jeffreys.coordinates import ResidualCoordinates
 from sbi_jeffreys.energy import BoundedEnergyNet, ConditionalEnergy, EnergyNet
-from sbi_jeffreys.features import Features
+from sbi_jeffreys.features import Features, num_values
 from sbi_jeffreys.likelihood import SurrogateLikelihoods, has_likelihood
 from sbi_jeffreys.pooled_energy import PooledEnergy
 from sbi_jeffreys.screening import informative_outputs
@@ -109,7 +109,7 @@ def energy_nn(
             x_numel = get_numel(x, embedding_net=embedding_net)
         # Without a condition the samples of all batches are behind one Z, which misses
         # no place for long; a bound only slows the network down.
-        is_conditional = bool((x != x[0]).any())
+        is_conditional = bool((num_values(x) > 1).any())
         net = (BoundedEnergyNet if is_conditional else EnergyNet)(
             coordinates,
             features,

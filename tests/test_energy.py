@@ -237,11 +237,17 @@ def test_no_energy_of_a_posterior_is_much_lower_than_at_first():
     assert f.max() <= math.log(2) + 1e-6
     assert f.min() < -100
     # Nor is there a bound where there is no condition: it only slows the network down.
-    proxy = randomize(energy_nn(20, 3)(theta, torch.zeros(200, 1), None))
-    with torch.no_grad():
-        proxy.net.final_layer.weight *= 1000
-        f = proxy(theta[None], torch.zeros(200, 1))
-    assert f.max() > 100
+    # What is missing is no second value, neither here nor when a file is loaded.
+    nothing, missing = torch.zeros(2, 200, 1)
+    missing[3] = torch.nan
+    for x in (nothing, missing):
+        proxy = randomize(energy_nn(20, 3)(theta, x, None))
+        with torch.no_grad():
+            proxy.net.final_layer.weight *= 1000
+            f = proxy(theta[None], x)
+            proxy.net.final_layer.weight *= -1
+            turned = proxy(theta[None], x)
+        assert max(f.max(), turned.max()) > 100
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
