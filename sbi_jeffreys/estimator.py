@@ -31,6 +31,19 @@ class JeffreysEstimator(ConditionalDensityEstimator):
         self.proxy = proxy
         self.register_buffer("_exponent", torch.zeros(()))
 
+    def train(self, mode: bool = True) -> "JeffreysEstimator":
+        """Set the mode of flow and proxy, of each module once.
+
+        sbi's estimators hold the network of the flow as `net`, too.
+
+        Args:
+            mode: Whether to train, else to evaluate.
+        """
+        self.training = mode
+        self.flow.train(mode)
+        self.proxy.train(mode)
+        return self
+
     @property
     def shares_parameters(self) -> bool:
         """Whether flow and proxy have parameters in common: an embedding net."""

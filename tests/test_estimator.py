@@ -46,6 +46,12 @@ def x():
     return torch.tensor([[-1.0, 1.0], [0.0, 0.0], [1.5, -0.5]])
 
 
+def test_every_module_has_the_mode_of_the_estimator(estimator):
+    for mode in (True, False):
+        assert estimator.train(mode) is estimator
+        assert all(module.training is mode for module in estimator.modules())
+
+
 def test_the_flow_answers(estimator, x):
     assert isinstance(estimator, ConditionalDensityEstimator)
     theta = PRIOR.sample((3,))
