@@ -21,6 +21,7 @@ from torch.distributions import Distribution, MultivariateNormal
 
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.energy_builder import EnergyBuilder, energy_nn
+from sbi_jeffreys.epoch_metrics import EPOCH_METRICS
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.flow import rsample_and_log_prob
 from sbi_jeffreys.objective import JeffreysObjective, Proposals, ProxySamples
@@ -29,7 +30,7 @@ from sbi_jeffreys.persistence import keeping_random_state
 from sbi_jeffreys.posterior import RefinedPosterior
 from sbi_jeffreys.refinement import temper
 from sbi_jeffreys.tracking import NoTracker
-from sbi_jeffreys.trainer import EPOCH_METRICS, LEARNING_RATE, JeffreysNPE
+from sbi_jeffreys.trainer import LEARNING_RATE, JeffreysNPE
 from sbi_jeffreys.weights import Weights
 
 # Samples behind the normalising constants of the proxy and of the refined density.
@@ -213,7 +214,7 @@ class JeffreysDensityEstimator(DensityMixin, BaseEstimator):
         log_partition_: Log normalising constants of the `"proxy"` and the `"refined"`
             density with their effective sample sizes, from importance sampling.
         history_: Lists with one entry an epoch: divergences, dual variables, log
-            partition function, stage; see `EPOCH_METRICS` in `sbi_jeffreys.trainer`.
+            partition function, stage; see `sbi_jeffreys.epoch_metrics`.
         n_features_in_: Number of columns of the data.
     """
 

@@ -94,11 +94,11 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
         # They are drawn anew and never changed: no copy is needed.
         "proposals": {
             name: dict(vars(proposals))
-            for name, proposals in inference._proposals.items()
+            for name, proposals in inference._samples.proposals.items()
         },
         "proxy_samples": {
             name: dict(vars(samples))
-            for name, samples in inference._proxy_samples.items()
+            for name, samples in inference._samples.proxy_samples.items()
         },
         "random_state": random_state(inference._device),
     }
@@ -131,11 +131,11 @@ def restore(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
 
 def restore_samples(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
     """Put back the samples that `capture` took."""
-    inference._proposals = {
+    inference._samples.proposals = {
         name: Proposals(**_to(inference._device, proposals))
         for name, proposals in state["proposals"].items()
     }
-    inference._proxy_samples = {
+    inference._samples.proxy_samples = {
         name: ProxySamples(**_to(inference._device, samples))
         for name, samples in state["proxy_samples"].items()
     }

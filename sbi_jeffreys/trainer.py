@@ -40,6 +40,13 @@ from sbi_jeffreys.candidates import FlowCandidates, build_candidates
 from sbi_jeffreys.checks import check_prior, check_simulations
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.energy_builder import EnergyBuilder, energy_nn
+from sbi_jeffreys.epoch_metrics import (
+    DUAL_METRICS,
+    EPOCH_METRICS,
+    TRAINING_METRICS,
+    VALIDATION_METRICS,
+    is_missing,
+)
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.flow import check_has_rsample
 from sbi_jeffreys.likelihood import SurrogateLikelihoods
@@ -48,7 +55,6 @@ from sbi_jeffreys.objective import (
     JeffreysObjective,
     Proposals,
     ProxySamples,
-    concatenate,
 )
 from sbi_jeffreys.partition import LogPartition, log_mixture
 from sbi_jeffreys.persistence import (
@@ -75,6 +81,7 @@ from sbi_jeffreys.pooled_energy import PooledEnergy, choose_weights
 from sbi_jeffreys.posterior import RefinedPosterior
 from sbi_jeffreys.refinement import as_atoms, choose_exponent
 from sbi_jeffreys.residual_flow import ResidualFlow, build_residual_flow
+from sbi_jeffreys.sample_sets import VALIDATION_MULTIPLE, Part, SampleSets
 from sbi_jeffreys.screening import outputs_taken
 from sbi_jeffreys.spline import evaluate_one_bin
 from sbi_jeffreys.stages import Stage
@@ -86,33 +93,10 @@ from sbi_jeffreys.weights import (
     Weights,
 )
 
-# Simulations on which the proxy is validated, and how many times a step's samples each
-# of them has. The partition function of few samples has a long tail, and the best of
-# many epochs would be the luckiest; with samples that stay, epochs are compared on the
-# same noise.
+# Simulations on which the proxy is validated.
 NUM_VALIDATION_SIMULATIONS = 500
-VALIDATION_MULTIPLE = 8
-# The set of proposal samples that the proxy learns with, while the flow stands still,
-# holds so many of the flow's for every simulation, from which a step draws at random,
-# as long as that does not fill the memory. With fewer the proxy overfits to them, and
-# so it does with any that stay for long: its mass goes where there is none. They are
-# drawn anew when each has been used about so many times.
-NUM_POOL_SAMPLES = 64
-MAX_POOL_SIZE = 4_000_000
-NUM_PROPOSAL_USES = 5
-# Samples of the proxy that the flow learns from: so many are drawn for every simulation
-# among the proposals that the proxy has learnt with, and after so many epochs among
-# twice a step's samples of the flow as it is then; so many are used in a step. Those at
-# validation simulations stay.
-DISTILLATION_EPOCHS = 50
-DISTILLATION_MULTIPLE = 2
-NUM_PROXY_SAMPLES = 16
+# Of the samples of the proxy that the flow learns from, so many are used in a step.
 NUM_PROXY_SAMPLES_PER_STEP = 2
-# A proxy with surrogates of the likelihood is sharper than the flow that proposes its
-# samples: they are moved, and fewer of them.
-NUM_POOLED_PROXY_SAMPLES = 8
-NUM_MOVES = 8
-NUM_VALIDATION_PROXY_SAMPLES = 16
 # Epochs in which the surrogates learn: they would go on to improve, ever more slowly.
 # With many simulations so many steps are enough, but not fewer epochs than these.
 MAX_LIKELIHOOD_EPOCHS = 200
@@ -139,8 +123,6 @@ NUM_AVERAGED_EPOCHS = 5
 # Validation simulations at which samples are drawn, or the proxy's factors taken, at
 # once, which bounds the memory.
 VALIDATION_CHUNK = 100
-# Samples that are drawn, or taken by the proxy, at once, which bounds the memory.
-MAX_SAMPLES_AT_ONCE = 32_768
 # `_best` holds surrogates of the likelihood under this name and their index.
 LIKELIHOOD_PREFIX = "likelihood "
 # Times in a row that an epoch is tried again after it turned NaN or infinite.
@@ -158,44 +140,6 @@ NUMERICAL_ERRORS = (
     ValueError,
     torch.linalg.LinAlgError,  # type: ignore[attr-defined]
 )
-
-#: What `JeffreysNPE.summary` and the tracker hold for every epoch beside sbi's own.
-VALIDATION_METRICS = (
-    "validation_forward_kl",
-    "validation_reverse_kl",
-    "validation_proxy_forward_kl",
-    "validation_likelihood_loss",
-    "log_partition",
-    "effective_sample_size",
-)
-DUAL_METRICS = ("dual_forward_kl", "dual_reverse_kl", "dual_proxy_forward_kl")
-TRAINING_METRICS = (
-    "training_forward_kl",
-    "training_reverse_kl",
-    "training_proxy_forward_kl",
-    "training_likelihood_loss",
-)
-EPOCH_METRICS = (
-    *TRAINING_METRICS,
-    *VALIDATION_METRICS,
-    *DUAL_METRICS,
-    "trust",
-)
-# What an epoch of a stage does not have, for want of a model that learns; NaN in the
-# summary.
-MISSING_METRICS: Dict[Stage, Tuple[str, ...]] = {
-    Stage.FLOW: (*TRAINING_METRICS[1:], *VALIDATION_METRICS[1:]),
-    Stage.LIKELIHOOD: (
-        *TRAINING_METRICS[:3],
-        *(name for name in VALIDATION_METRICS[1:] if "likelihood" not in name),
-    ),
-    Stage.PROXY: (
-        "training_forward_kl",
-        "training_likelihood_loss",
-        "validation_likelihood_loss",
-    ),
-    Stage.DISTILLATION: (*TRAINING_METRICS[1:], "validation_likelihood_loss"),
-}
 
 
 class JeffreysNPE(NPE):
@@ -319,8 +263,7 @@ class JeffreysNPE(NPE):
             )
         self._summary.update({name: [] for name in (*EPOCH_METRICS, "stage")})
         self._weights = deepcopy(self._initial_weights)
-        self._proposals: Dict[str, Proposals] = {}
-        self._proxy_samples: Dict[str, ProxySamples] = {}
+        self._samples = SampleSets(objective, self._device)
         self._epoch_metrics: Dict[str, float] = {}
         self._num_skipped_steps = 0
         self._is_new = True
@@ -700,7 +643,7 @@ class JeffreysNPE(NPE):
             set_random_state(self._last_epoch["random_state"], self._device)
         else:
             self._best = {}
-            self._proposals, self._proxy_samples = {}, {}
+            self._samples = SampleSets(self.objective, self._device)
             self._stage, self._stage_start = Stage.FLOW, 0
             self._candidate_start, self._best_of_candidate = 0, (math.inf, -1)
             self._max_num_epochs = train_config.max_num_epochs
@@ -759,7 +702,7 @@ class JeffreysNPE(NPE):
 
     def _is_missing(self, name: str, epoch: int) -> bool:
         """Return whether an epoch was of a stage without this metric."""
-        return name in MISSING_METRICS[Stage(self._summary["stage"][epoch])]
+        return is_missing(name, Stage(self._summary["stage"][epoch]))
 
     def _warn_of_nan(self, num_epochs_before: int) -> None:
         """Warn of epochs whose divergences were not finite."""
@@ -872,13 +815,7 @@ class JeffreysNPE(NPE):
         loss_args: Optional[LossArgs],
     ) -> float:
         epoch_of_stage = self.epoch - self._stage_start
-        if epoch_of_stage > 0 and epoch_of_stage % DISTILLATION_EPOCHS == 0:
-            self._proxy_samples.pop("training", None)
-        if self._stage is Stage.PROXY and "training" in self._proposals:
-            num_in_pool = len(self._proposals["training"].log_ratio)
-            num_epochs = NUM_PROPOSAL_USES * num_in_pool
-            if epoch_of_stage % (num_epochs // self.objective.num_flow_samples) == 0:
-                del self._proposals["training"]
+        self._samples.renew(self._stage, epoch_of_stage)
         for model in self._standing_still:
             model.eval()  # what is drawn and normalised in passing stands still, too
         for group in self.optimizer.param_groups:
@@ -1111,95 +1048,38 @@ class JeffreysNPE(NPE):
         return True
 
     def _proposals_at(
-        self, batch: Sequence[Tensor], loader: DataLoader, validate: bool = False
+        self, batch: Sequence[Tensor], loader: DataLoader, part: Part = "training"
     ) -> Proposals:
         """Return the proposal samples at the conditions of a batch.
 
-        They are drawn for all simulations at once and kept. Batches of a loader with
-        keywords of the user's do not say which simulations they hold; theirs are
-        drawn anew.
+        Batches of a loader with keywords of the user's do not say which simulations
+        they hold; samples at theirs are drawn anew.
         """
-        objective = self.objective
         if len(batch) < 4:
-            estimator = self._estimator
-            return objective.propose(
-                estimator.flow, estimator.proxy, batch[1].to(self._device)
-            )
-        name = "validation" if validate else "training"
-        if name not in self._proposals:
-            # Not more validation simulations than the divergences are taken of.
-            end = NUM_VALIDATION_SIMULATIONS if self._round == 0 else None
-            indices = self.val_indices[:end] if validate else self.train_indices
-            x = loader.dataset.tensors[1][indices]  # type: ignore[attr-defined]
-            in_pool = max(1, NUM_POOL_SAMPLES // objective.num_flow_samples)
-            multiple = VALIDATION_MULTIPLE if validate else in_pool
-            self._proposals[name] = self._draw_proposals(x, multiple)
-        proposals = self._proposals[name].at(self._position[batch[3]])
-        if validate:
-            return proposals
-        return proposals.subset(
-            objective.num_flow_samples, objective.num_reference_samples
-        )
-
-    def _draw_proposals(self, x: Tensor, multiple: int) -> Proposals:
-        estimator, objective = self._estimator, self.objective
-        num_samples = objective.num_flow_samples + objective.num_reference_samples
-        multiple = min(multiple, max(1, MAX_POOL_SIZE // (num_samples * len(x))))
-        num_conditions = max(1, MAX_SAMPLES_AT_ONCE // (multiple * num_samples))
-        parts = (
-            objective.propose(
-                estimator.flow, estimator.proxy, chunk.to(self._device), multiple
-            )
-            for chunk in x.split(num_conditions)
-        )
-        return concatenate(parts, len(x))
+            return self.objective.propose(*self._models, batch[1].to(self._device))
+        index, x = self._position[batch[3]], partial(self._outputs, loader, part)
+        return self._samples.proposals_at(self._models, part, index, x)
 
     def _proxy_samples_at(
-        self, batch: Sequence[Tensor], loader: DataLoader, validate: bool = False
+        self, batch: Sequence[Tensor], loader: DataLoader, part: Part = "training"
     ) -> ProxySamples:
         """Return samples of the proxy at the conditions of a batch.
 
-        They are drawn and kept as `_proposals_at` does it. The same flow, the one that
-        the stage began with, proposes those at the validation simulations in all
-        epochs, so that these are judged alike.
+        Of which simulations is known as in `_proposals_at`.
         """
         if len(batch) < 4:
-            return self._draw_proxy_samples(batch[1], validate, {})
-        name = "validation" if validate else "training"
-        if name not in self._proxy_samples:
-            end = NUM_VALIDATION_SIMULATIONS if self._round == 0 else None
-            indices = self.val_indices[:end] if validate else self.train_indices
-            x = loader.dataset.tensors[1][indices]  # type: ignore[attr-defined]
-            self._proxy_samples[name] = self._draw_proxy_samples(
-                x, validate, self._proposals
-            )
-        return self._proxy_samples[name].at(self._position[batch[3]])
+            return self._samples.draw_proxy_samples(self._models, batch[1], part)
+        index, x = self._position[batch[3]], partial(self._outputs, loader, part)
+        return self._samples.proxy_samples_at(self._models, part, index, x)
 
-    def _draw_proxy_samples(
-        self, x: Tensor, validate: bool, proposals: Dict[str, Proposals]
-    ) -> ProxySamples:
-        (flow, proxy), was_training = self._models, self._estimator.flow.training
-        flow.eval()
-        proxy.eval()
-        name = "validation" if validate else "training"
-        multiple = VALIDATION_MULTIPLE if validate else DISTILLATION_MULTIPLE
-        num, num_moves = NUM_PROXY_SAMPLES, 0
-        if self._likelihoods is not None:
-            num, num_moves = NUM_POOLED_PROXY_SAMPLES, NUM_MOVES
-        num = NUM_VALIDATION_PROXY_SAMPLES if validate else num
-        # Used once: the flow that drew them has moved on when the next are needed.
-        drawn = proposals.pop(name, None) or self._draw_proposals(x, multiple)
-        num_conditions = max(1, MAX_SAMPLES_AT_ONCE // len(drawn.theta))
-        parts = (
-            self.objective.sample_proxy(
-                proxy, x[index].to(self._device), drawn.at(index), num, num_moves
-            )
-            for index in torch.arange(len(x)).split(num_conditions)
-        )
-        samples = concatenate(parts, len(x))
-        flow.train(was_training)
-        proxy.eval()  # it stands still, with an embedding net of both
-        return samples
+    def _outputs(self, loader: DataLoader, part: Part) -> Tensor:
+        """Return the outputs of the simulations that samples are kept for."""
+        indices = self.train_indices
+        if part == "validation":
+            # Not more of them than the divergences are taken of.
+            end = NUM_VALIDATION_SIMULATIONS if self._round == 0 else None
+            indices = self.val_indices[:end]
+        return loader.dataset.tensors[1][indices]  # type: ignore[attr-defined]
 
     def _calibration(self, x: Tensor, loss_args: Optional[LossArgs]) -> Tensor:
         """Return the calibration kernel's weights; sbi sets a kernel of ones."""
@@ -1293,7 +1173,7 @@ class JeffreysNPE(NPE):
         self, batch: Sequence[Tensor], loader: DataLoader, loss_args: Optional[LossArgs]
     ) -> Divergences:
         """Return the divergences of the proxy on a batch of validation simulations."""
-        proposals = self._proposals_at(batch, loader, validate=True)
+        proposals = self._proposals_at(batch, loader, "validation")
         divergences = self._proxy_divergences(batch, proposals, loss_args)
         forward_kl = divergences.proxy_forward_kl
         log_partition = divergences.log_partition
@@ -1314,7 +1194,7 @@ class JeffreysNPE(NPE):
         """
         (flow, proxy), objective = self._models, self.objective
         theta, x = batch[0].to(self._device), batch[1].to(self._device)
-        samples = self._proxy_samples_at(batch, loader, validate=True)
+        samples = self._proxy_samples_at(batch, loader, "validation")
         log_z = samples.log_partition
         if self._has_atomic_loss(loss_args):
             proxy_forward_kl = atomic_proxy_loss(
@@ -1402,7 +1282,7 @@ class JeffreysNPE(NPE):
         if "proxy" not in self._best:
             return
         self._estimator.eval()
-        self._proposals.pop("validation", None)
+        self._samples.proposals.pop("validation", None)
         proxy, best = self._estimator.proxy, self._best.pop("proxy")
         try:
             if isinstance(proxy, PooledEnergy):
@@ -1430,8 +1310,10 @@ class JeffreysNPE(NPE):
             log_prior = self._prior.log_prob(points.flatten(0, 1))  # type: ignore[union-attr]
             log_base = proxy.base.log_prob(points) - log_prior.reshape(points.shape[:2])
         else:
-            proposals = self._draw_proposals(x, VALIDATION_MULTIPLE)
-            self._proposals["validation"] = proposals
+            proposals = self._samples.draw_proposals(
+                self._models, x, VALIDATION_MULTIPLE
+            )
+            self._samples.proposals["validation"] = proposals
             points = torch.cat((theta.unsqueeze(0), proposals.theta))
             num_flow = len(proposals.log_ratio)
             log_weights = proxy.base.log_prob(theta) - log_mixture(
@@ -1692,7 +1574,7 @@ class JeffreysNPE(NPE):
         state = super().__getstate__()
         # Builders are closures, which pickle refuses, as for sbi's own.
         state.update(_build_flow=None, _build_proxy=None)
-        state.update(_proposals={}, _proxy_samples={})
+        state.update(_samples=SampleSets(self.objective, self._device))
         state.update(_checkpoint=None, _before_training=None)
         state.pop("_average", None)
         state.pop("_parameters", None)

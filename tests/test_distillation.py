@@ -27,7 +27,7 @@ from sbi_jeffreys import (
     AdaptiveWeights,
     FixedWeights,
     JeffreysObjective,
-    trainer,
+    sample_sets,
 )
 from sbi_jeffreys.base_measure import make_base_measure
 from sbi_jeffreys.energy import ConditionalEnergy
@@ -210,13 +210,13 @@ def small() -> Any:
 def test_resumed_within_the_stage_as_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # unpickled trainers log where they are
     # The proxy's samples are drawn as the stage begins and anew after two epochs.
-    monkeypatch.setattr(trainer, "DISTILLATION_EPOCHS", 2)
+    monkeypatch.setattr(sample_sets, "DISTILLATION_EPOCHS", 2)
     data, whole, part = simulate(90), small(), small()
     train(whole, 16, data)
     assert whole.summary["stage"][12:] == ["distillation"] * 4
     interrupt_before(part, 13)
     train(part, 16, data)
-    before = part._proxy_samples["training"].theta
+    before = part._samples.proxy_samples["training"].theta
     part.save("training.pt")
     unpickled = pickle.loads(pickle.dumps(part))
     unpickled._show_progress_bars = False
@@ -230,6 +230,8 @@ def test_resumed_within_the_stage_as_uninterrupted(tmp_path, monkeypatch):
         train(resumed, 16, resume_training=True, seed=8)
         assert_equal(outcome(resumed), outcome(whole))
         for name in ("training", "validation"):
-            own, other = (vars(each._proxy_samples[name]) for each in (resumed, whole))
+            own, other = (
+                vars(each._samples.proxy_samples[name]) for each in (resumed, whole)
+            )
             assert_equal(own, other)
-    assert not torch.equal(before, whole._proxy_samples["training"].theta)
+    assert not torch.equal(before, whole._samples.proxy_samples["training"].theta)

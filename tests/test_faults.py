@@ -34,6 +34,7 @@ from sbi_jeffreys import (
     energy_nn,
 )
 from sbi_jeffreys.energy import ConditionalEnergy, EnergyNet
+from sbi_jeffreys.sample_sets import SampleSets
 from sbi_jeffreys.stages import Stage
 
 pytestmark = pytest.mark.filterwarnings(
@@ -512,18 +513,18 @@ class Interrupter:
 def test_a_flow_that_cannot_be_sampled_costs_the_pool_alone():
     """The proxy is judged once more at the end of its stage."""
     inference = make()
-    judge, draw = inference._judge_proxy_afresh, inference._draw_proposals
-    states = []
+    judge, states = inference._judge_proxy_afresh, []
 
     def judging():
         def failing(*args):
             raise AssertionError("inputs.min() < 0")
 
         states.append(inference._best["proxy"])
-        inference._draw_proposals = failing
+        samples = inference._samples
+        samples.draw_proposals = failing
         judge()
         states.append(inference._best["proxy"])
-        inference._draw_proposals = draw
+        del samples.draw_proposals
 
     inference._judge_proxy_afresh = judging
     with pytest.warns(UserWarning, match="proxy is left as its network alone"):
@@ -603,6 +604,9 @@ STAGES = [
     (JeffreysNPE, "_choose_exponent"),
     (JeffreysNPE, "_start_next_stage"),
     (JeffreysNPE, "_proxy_samples_at"),
+    (SampleSets, "renew"),
+    (SampleSets, "draw_proposals"),
+    (SampleSets, "draw_proxy_samples"),
     (JeffreysObjective, "propose"),
     (JeffreysObjective, "proxy_divergences"),
     (JeffreysObjective, "sample_proxy"),

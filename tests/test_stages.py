@@ -23,6 +23,7 @@ from sbi_jeffreys import (
     JeffreysObjective,
     NoTracker,
     energy_nn,
+    sample_sets,
     trainer,
 )
 from sbi_jeffreys.plots import plot_training
@@ -103,8 +104,8 @@ def record(inference):
         before = both()
         loss = train_epoch(*args)
         drawn = {
-            "proposals": inference._proposals.get("training"),
-            "proxy samples": inference._proxy_samples.get("training"),
+            "proposals": inference._samples.proposals.get("training"),
+            "proxy samples": inference._samples.proxy_samples.get("training"),
         }
         states.append((before, both(), drawn))
         return loss
@@ -182,8 +183,8 @@ def test_fast_leaves_the_flow_to_the_simulations(resumed):
     # As many samples are kept for a proxy that takes half of them in a step.
     assert inference.objective.num_flow_samples == 8
     proposals = states[-1][2]["proposals"]
-    assert len(proposals.log_ratio) == trainer.NUM_POOL_SAMPLES
-    assert len(proposals.theta) == 2 * trainer.NUM_POOL_SAMPLES
+    assert len(proposals.log_ratio) == sample_sets.NUM_POOL_SAMPLES
+    assert len(proposals.theta) == 2 * sample_sets.NUM_POOL_SAMPLES
     assert 0 <= estimator.exponent <= 1
     inference.build_posterior(sample_with="refined")
 
@@ -382,11 +383,11 @@ def test_the_proxy_is_judged_by_samples_that_did_not_choose_it(likelihood):
     judge, drawn = inference._judge_proxy_afresh, []
 
     def judging():
-        drawn.append(inference._proposals["validation"].theta)
+        drawn.append(inference._samples.proposals["validation"].theta)
         score, *others = inference._best["proxy"]
         inference._best["proxy"] = (score - 1000, *others)  # as luck would have it
         judge()
-        drawn.append(inference._proposals["validation"].theta)
+        drawn.append(inference._samples.proposals["validation"].theta)
         drawn.append(inference._best["proxy"])
 
     inference._judge_proxy_afresh = judging
@@ -410,8 +411,8 @@ def test_the_proxy_is_judged_by_samples_that_did_not_choose_it(likelihood):
 
 @pytest.mark.parametrize("likelihood", ["auto", "none"])
 def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch, likelihood):
-    monkeypatch.setattr(trainer, "DISTILLATION_EPOCHS", 2)
-    monkeypatch.setattr(trainer, "NUM_MOVES", 0)
+    monkeypatch.setattr(sample_sets, "DISTILLATION_EPOCHS", 2)
+    monkeypatch.setattr(sample_sets, "NUM_MOVES", 0)
     inference = make(
         weights="fixed", energy_estimator=energy_nn(8, 1, likelihood=likelihood)
     )
@@ -420,7 +421,7 @@ def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch, likelihood):
 
     def recording_validation(*args):
         loss = validate_epoch(*args)
-        samples.append(inference._proxy_samples.get("validation"))
+        samples.append(inference._samples.proxy_samples.get("validation"))
         return loss
 
     inference._validate_epoch = recording_validation

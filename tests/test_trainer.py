@@ -677,7 +677,7 @@ def test_the_flow_that_follows_has_the_gradient_of_both_divergences():
 
     def estimate():
         # Every second step takes the reverse divergence, twice.
-        inference._proxy_samples = {}
+        inference._samples.proxy_samples = {}
         gradients = [
             flat_gradient(
                 inference._divergences_of_flow(
