@@ -31,6 +31,7 @@ from torch.optim.adam import Adam
 from torch.optim.optimizer import Optimizer
 
 from sbi_jeffreys.base_measure import event_shape, is_inside
+from sbi_jeffreys.best import Best
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.features import MIN_DISTINCT, num_values
 from sbi_jeffreys.objective import Proposals, ProxySamples
@@ -81,7 +82,7 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
         "networks": copy_of_networks(inference._estimator),
         "average": inference._average.state(),
         "base": _state_of_base(inference),
-        "best": dict(inference._best),
+        "best": {name: tuple(best) for name, best in inference._best.items()},
         "optimizer": None if optimizer is None else copy_of_optimizer(optimizer),
         "weights": inference._weights.state_dict(),
         "summary": {
@@ -117,7 +118,7 @@ def restore(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
     load_networks(inference._estimator, state["networks"])
     inference._average.load_state(state["average"])
     _restore_base(inference, state["base"])
-    inference._best = dict(state["best"])
+    _restore_best(inference, state)
     if state["optimizer"] is not None:
         # torch takes tensors of the right type as they are, and changes them.
         inference.optimizer.load_state_dict(deepcopy(state["optimizer"]))
@@ -139,6 +140,10 @@ def restore_samples(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
         name: ProxySamples(**_to(inference._device, samples))
         for name, samples in state["proxy_samples"].items()
     }
+
+
+def _restore_best(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
+    inference._best = {name: Best(*best) for name, best in state["best"].items()}
 
 
 def _state_of_base(inference: "JeffreysNPE") -> Dict[str, Any]:
@@ -505,7 +510,7 @@ def _fill(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
     state = content["training"]
     inference._last_epoch = state
     if state is not None:
-        inference._best = dict(state["best"])
+        _restore_best(inference, state)
         # Its learning rate, as all its state, comes with the resumed training.
         inference.optimizer = Adam(list(estimator.parameters()))
 

@@ -36,6 +36,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from sbi_jeffreys.atomic import atomic_proxy_loss
 from sbi_jeffreys.autoregressive import invert_in_one_pass
 from sbi_jeffreys.averaging import WeightAverage
+from sbi_jeffreys.best import Best
 from sbi_jeffreys.candidates import FlowCandidates, build_candidates
 from sbi_jeffreys.checks import check_prior, check_simulations
 from sbi_jeffreys.energy import ConditionalEnergy
@@ -275,9 +276,7 @@ class JeffreysNPE(NPE):
         self._best_of_candidate = (math.inf, 0)
         # Share of KL(q || p) by which flows are chosen while they learn from the proxy.
         self._proxy_share = 0.0
-        # Score, epoch, state and validation loss of either model at its best: flow and
-        # proxy need not be at their best in the same epoch.
-        self._best: Dict[str, Tuple[float, int, Dict[str, Tensor], float]] = {}
+        self._best: Dict[str, Best] = {}
         # The training as it was after its last complete epoch.
         self._last_epoch: Optional[Dict[str, Any]] = None
         self._num_retries = 0
@@ -681,7 +680,7 @@ class JeffreysNPE(NPE):
         self._restore_best()
         if self._stage is Stage.PROXY:  # ended early
             self._judge_proxy_afresh()
-        self._best_val_loss = self._best["flow"][3]
+        self._best_val_loss = self._best["flow"].loss
         if not math.isfinite(self._best_val_loss):
             self._forget_training()
             raise ValueError(
@@ -925,7 +924,7 @@ class JeffreysNPE(NPE):
     def _last_improvement(self, name: str) -> int:
         """Epoch of this stage in which a model was at its best, or that before it."""
         before = self._stage_start - 1
-        return max(before, self._best[name][1]) if name in self._best else before
+        return max(before, self._best[name].epoch) if name in self._best else before
 
     def _forward_kl(
         self, batch: Sequence[Tensor], loss_args: Optional[LossArgs]
@@ -1253,7 +1252,7 @@ class JeffreysNPE(NPE):
         assert following is not None
         for name in ("flow", "proxy"):
             if name in self._best:
-                getattr(self._estimator, name).load_state_dict(self._best[name][2])
+                getattr(self._estimator, name).load_state_dict(self._best[name].state)
         self._restore_best_likelihoods()
         if self._stage is Stage.PROXY:
             self._judge_proxy_afresh()
@@ -1288,11 +1287,11 @@ class JeffreysNPE(NPE):
             if isinstance(proxy, PooledEnergy):
                 self._choose_weights(proxy)
             self._validate(*self._validation)
-            score, _, state, loss = self._best["proxy"]
-            self._best["proxy"] = (score, best[1], state, loss)  # of its epoch still
+            judged = self._best["proxy"]
+            self._best["proxy"] = judged._replace(epoch=best.epoch)
         except NUMERICAL_ERRORS as err:  # must not cost the networks
             self._best["proxy"] = best
-            proxy.load_state_dict(best[2])
+            proxy.load_state_dict(best.state)
             warnings.warn(
                 _cannot_be_sampled(err, "the proxy is left as its network alone"),
                 stacklevel=6,
@@ -1363,37 +1362,37 @@ class JeffreysNPE(NPE):
         """
         model = self._model(name)
         score = math.inf if math.isnan(score) else score
-        if name in self._best and not score < self._best[name][0]:
+        if name in self._best and not score < self._best[name].score:
             return False
-        self._best[name] = (score, self.epoch, copy_of_state(model), loss)
+        self._best[name] = Best(score, self.epoch, copy_of_state(model), loss)
         goes_with_flow = name == "flow" or self._stage is Stage.PROXY
         if goes_with_flow and self._estimator.shares_parameters:
             state = copy_of_state(self._estimator.proxy)
-            self._best["flow's proxy"] = (score, self.epoch, state, loss)
+            self._best["flow's proxy"] = Best(score, self.epoch, state, loss)
         return True
 
     def _restore_best(self) -> None:
         estimator = self._estimator
-        estimator.flow.load_state_dict(self._best["flow"][2])
+        estimator.flow.load_state_dict(self._best["flow"].state)
         # With an embedding net of both, the proxy is that of the flow's best epoch, or
         # the best of those that learned while that flow stood still.
         proxy = "flow's proxy" if estimator.shares_parameters else "proxy"
         if proxy in self._best:
-            estimator.proxy.load_state_dict(self._best[proxy][2])
+            estimator.proxy.load_state_dict(self._best[proxy].state)
         self._restore_best_likelihoods()
         estimator.eval()
 
     def _restore_best_likelihoods(self) -> None:
         for name in filter(_is_likelihood, self._best):
-            self._model(name).load_state_dict(self._best[name][2])
+            self._model(name).load_state_dict(self._best[name].state)
 
     def _converged(self, epoch: int, stop_after_epochs: int) -> bool:
         """Return whether no model has improved on validation data for long."""
         if "flow" not in self._best:  # before the first epoch, or that of a stage
             return False
-        self._best_val_loss = self._best["flow"][3]
+        self._best_val_loss = self._best["flow"].loss
         start = self._stage_start
-        epochs = [best[1] for best in self._best.values()]
+        epochs = [best.epoch for best in self._best.values()]
         if self._stage is Stage.FLOW:
             start, epochs = self._candidate_start, [self._best_of_candidate[1]]
         self._epochs_since_last_improvement = epoch - 1 - max(start - 1, *epochs)
@@ -1453,7 +1452,7 @@ class JeffreysNPE(NPE):
 
     def _summarize(self, round_: int) -> None:
         # sbi's is the lowest of any flow's, not that of the flow which is kept.
-        self._summary["best_validation_loss"][-1] = self._best["flow"][3]
+        self._summary["best_validation_loss"][-1] = self._best["flow"].loss
         offset = sum(self._summary["epochs_trained"][:-1])
         try:
             for name in EPOCH_METRICS:
@@ -1488,14 +1487,14 @@ class JeffreysNPE(NPE):
     def _finish_early(self, reason: str, num_epochs_before: int) -> None:
         """Do after Ctrl-C or a failure what sbi's loop does at its end."""
         num_epochs = len(self._summary["validation_loss"]) - num_epochs_before
-        best_epoch = self._best["flow"][1]
+        best_epoch = self._best["flow"].epoch
         warnings.warn(
             f"{reason} The best network so far, of epoch {best_epoch}, is kept; "
             "`train(resume_training=True)` goes on.",
             stacklevel=6,
         )
         self._summary["epochs_trained"].append(num_epochs)
-        self._summary["best_validation_loss"].append(self._best["flow"][3])
+        self._summary["best_validation_loss"].append(self._best["flow"].loss)
         self._summarize(self._round)
         self._estimator.zero_grad(set_to_none=True)
 

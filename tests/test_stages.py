@@ -384,8 +384,8 @@ def test_the_proxy_is_judged_by_samples_that_did_not_choose_it(likelihood):
 
     def judging():
         drawn.append(inference._samples.proposals["validation"].theta)
-        score, *others = inference._best["proxy"]
-        inference._best["proxy"] = (score - 1000, *others)  # as luck would have it
+        best = inference._best["proxy"]  # as luck would have it
+        inference._best["proxy"] = best._replace(score=best.score - 1000)
         judge()
         drawn.append(inference._samples.proposals["validation"].theta)
         drawn.append(inference._best["proxy"])
