@@ -317,23 +317,21 @@ def test_rounds_lose_as_the_page_says(rounds):
     assert list(loss[loss > 0].index) == [("two_moons", 203)]
 
 
-def test_calibration_of_later_defaults_is_that_of_their_rows(site):
+def test_the_table_of_calibration_is_that_of_the_rows(site):
     shown = rows_of(site / "when_not_to_use.html")
-
-    def errors(name):
-        rows = pd.read_csv(REPORTS / name / "rows.csv")
-        return rows.set_index(["task", "method"])["sbc_area"]
-
-    first, later = errors("calibration_1000"), errors("calibration_default_1000")
-    bounded = errors("calibration_bounded_1000")
-    assert set(bounded.index) < set(later.index)
-    for task, method in later.index:
-        alone = first[task, method.replace("jeffreys", "jeffreys_network")]
-        cells = [f"{alone:.3f}", f"{later[task, method]:.3f}"]
-        is_known = (task, method) in bounded
-        cells.append(f"{bounded[task, method]:.3f}" if is_known else "–")
-        cells.append(f"{first[task, 'npe_nsf']:.3f}")
-        assert [task, {"jeffreys": "flow"}.get(method, "refined"), *cells] in shown
+    now, before = (
+        pd.read_csv(REPORTS / name / "rows.csv").pivot(
+            index="task", columns="method", values="sbc_area"
+        )
+        for name in ("calibration_1000", "calibration_network_1000")
+    )
+    both = now.join(before.drop(columns=[*BENCHMARKED]))
+    columns = ["jeffreys_refined", "jeffreys"]
+    columns += ["jeffreys_network_refined", "jeffreys_network", *BENCHMARKED]
+    assert len(both) >= 9
+    for task, errors in both[columns].iterrows():
+        cells = ["–" if np.isnan(error) else f"{error:.3f}" for error in errors]
+        assert [task, *cells] in shown
 
 
 def test_every_loss_of_calibration_is_shown(site):
@@ -544,3 +542,33 @@ def test_the_readme_says_what_the_rows_of_more_simulations_say(site):
     assert f"NPE {', '.join(theirs[:-1])} and {theirs[-1]}." in page
     seconds = rows[rows.method == "jeffreys_refined"].training_seconds / 60
     assert f"took {seconds.min():.0f} to {seconds.max():.0f} minutes" in page
+
+
+def test_the_readme_says_what_the_rows_of_calibration_say():
+    rows = pd.read_csv(REPORTS / "calibration_1000/comparison.csv")
+    num_bounds = rows["difference"].abs() / rows["standard_error"]
+    beyond = rows[num_bounds > 2].assign(worse=rows["difference"] > 0)
+    counts = beyond.groupby(["method", "peer", "metric", "worse"])["task"].agg(set)
+
+    def tasks(method, peer, metric, worse):
+        return counts.get((method, peer, metric, worse), set())
+
+    refined, flow = "jeffreys_refined", "jeffreys"
+    for metric in ("sbc", "atc"):
+        assert not tasks(refined, "npe_maf", metric, True)
+        assert tasks(flow, "npe_maf", metric, True) == {"lotka_volterra"}
+    assert tasks(refined, "npe_nsf", "atc", True) == {"bernoulli_glm_raw", "sir"}
+    assert not tasks(refined, "npe_nsf", "sbc", True)
+    sizes = [
+        len(tasks(refined, peer, metric, False))
+        for peer in ("npe_maf", "npe_nsf")
+        for metric in ("sbc", "atc")
+    ]
+    assert sizes == [8, 4, 3, 0]
+    assert len(tasks(flow, "npe_nsf", "sbc", True)) == 1
+    assert len(tasks(flow, "npe_nsf", "atc", True)) == 3
+    assert (
+        "is nowhere worse than NPE (maf), and worse than NPE (nsf) on two tasks by "
+        "TARP (bernoulli_glm_raw and sir); it is better than NPE (maf) on eight by SBC "
+        "and four by TARP, than NPE (nsf) on three and none"
+    ) in text_of("README.md")
