@@ -36,6 +36,7 @@ from torch.distributions import (
 import sbi_jeffreys
 from sbi_jeffreys import FixedWeights, JeffreysNPE, NoTracker, energy_nn
 from sbi_jeffreys.persistence import PER_TRAINING
+from sbi_jeffreys.screening import MIN_SIMULATIONS
 
 NUM_CASES = 1000
 
@@ -123,6 +124,11 @@ def some_x(rng, theta):
             x = torch.cat((x, x[:, column : column + 1]), 1)
         else:
             x[:, column] = x[:, column].round()
+    if num >= MIN_SIMULATIONS:  # and others, so many that most are screened out
+        others = torch.randn(num, 25) * 10.0 ** rng.choice([0, 0, -6, 6])
+        # A copy, or as good as constant.
+        others[:, 0] = others[:, 1] + rng.choice([0.0, 1e8])
+        x = torch.cat((others, x), 1)
     if rng.random() < 0.02:
         x = x * math.nan
     return x
@@ -134,6 +140,8 @@ def some_case(number):
     torch.manual_seed(number)
     dim = rng.choice([1, 2, 2, 3, 4])
     num = rng.choice([1, 3, 5, 8, 12, 20, 20, 20, 30, 30, 30, 40, 40, 60])
+    if rng.random() < 0.05:
+        num = MIN_SIMULATIONS + 20
     prior = some_prior(rng, dim)
     source = some_prior(rng, dim) if prior is None or rng.random() < 0.1 else prior
     if source is None:
