@@ -1,13 +1,15 @@
 """Our C2ST against scikit-learn's: accuracy on published posteriors, and speed.
 
     python -m tasks.benchmarks.c2st accuracy
+    python -m tasks.benchmarks.c2st report
     python -m tasks.benchmarks.c2st speed
 
 `accuracy` computes both on 38 pairs of sets of samples, from indistinguishable to
 plainly different, with two seeds. It takes about two hours, nearly all of them
 scikit-learn's; each finished pair is appended to a table (`--out`), and the same
-command resumes where it was stopped. `speed` times both side by side on 10,000 against
-10,000 samples of two, five and ten parameters, one pair and several at once.
+command resumes where it was stopped. `report` says what the table has. `speed` times
+both side by side on 10,000 against 10,000 samples of two, five and ten parameters, one
+pair and several at once.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from sbi_jeffreys.metrics import c2st, c2st_many
 from tasks import get_task
+from tasks.report import markdown_table
 
 TASKS = (
     "two_moons",
@@ -123,7 +126,7 @@ def accuracy(path: Path) -> None:
         row += [f"{np.mean([run[2] for run in r]):.2f}" for r in (theirs, ours)]
         _append(path, row)
         print(*row, sep="\t", flush=True)
-    _summarize(_read(path))
+    print(report(_read(path)))
 
 
 def _append(path: Path, row: list[Any]) -> None:
@@ -141,19 +144,35 @@ def _read(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row[COLUMNS[-1]]]
 
 
-def _summarize(rows: list[dict[str, str]]) -> None:
-    value = {c: np.array([float(row[c]) for row in rows]) for c in COLUMNS[3:]}
+def report(rows: list[dict[str, str]]) -> str:
+    """Return what a table of pairs says, in Markdown."""
+    value = {c: np.array([float(row[c]) for row in rows]) for c in COLUMNS[1:]}
     # The seeds of a pair are averaged first: a pair counts once.
     pairs = np.stack([value[f"ours_{s}"] - value[f"sklearn_{s}"] for s in SEEDS])
     mean = pairs.mean(0)
     error = mean.std(ddof=1) / math.sqrt(len(mean))
-    seeds = value["sklearn_1"] - value["sklearn_2"]
-    largest = abs(pairs).max()
-    print(f"{len(rows)} pairs, {len(SEEDS)} seeds each, ours - scikit-learn's:")
-    print(f"  mean {mean.mean():+.5f}, standard error {error:.5f}")
-    print(f"  mean absolute {abs(pairs).mean():.5f}, largest {largest:.5f}")
-    print("scikit-learn's, seed 1 - seed 2:")
-    print(f"  mean absolute {abs(seeds).mean():.5f}, largest {abs(seeds).max():.5f}")
+    seeds = abs(value["sklearn_1"] - value["sklearn_2"])
+    ratios = value["sklearn_seconds"] / value["ours_seconds"]
+    lines = [
+        f"{len(rows)} pairs with {len(SEEDS)} seeds each.",
+        "",
+        f"- Ours - scikit-learn's: mean {mean.mean():+.5f} ± {error:.5f} (standard "
+        f"error), mean absolute {abs(pairs).mean():.5f}, largest "
+        f"{abs(pairs).max():.5f}.",
+        f"- scikit-learn's with one seed - with the other: mean absolute "
+        f"{seeds.mean():.5f}, largest {seeds.max():.5f}.",
+        *(
+            f"- Processor seconds of scikit-learn's over ours in {dim:.0f} dimensions, "
+            f"geometric mean: {np.exp(np.log(ratios[value['dim'] == dim]).mean()):.1f}."
+            for dim in np.unique(value["dim"])
+        ),
+        "",
+    ]
+    header = ["pair", "dimensions", "samples", *COLUMNS[3:]]
+    return "\n".join([
+        *lines,
+        markdown_table(header, [[*row.values()] for row in rows]),
+    ])
 
 
 def speed(threads: int, num_pairs: int) -> None:
@@ -199,12 +218,16 @@ def main() -> None:
     studies = parser.add_subparsers(dest="study", required=True)
     study = studies.add_parser("accuracy", help="agreement on 38 pairs")
     study.add_argument("--out", type=Path, default=Path("c2st_accuracy.csv"))
+    study = studies.add_parser("report", help="what the table of pairs says")
+    study.add_argument("--out", type=Path, default=Path("c2st_accuracy.csv"))
     study = studies.add_parser("speed", help="seconds in 2, 5 and 10 dimensions")
     study.add_argument("--threads", type=int, default=torch.get_num_threads())
     study.add_argument("--pairs", type=int, default=10, help="pairs for c2st_many")
     arguments = parser.parse_args()
     if arguments.study == "accuracy":
         accuracy(arguments.out)
+    elif arguments.study == "report":
+        print(report(_read(arguments.out)))
     else:
         speed(arguments.threads, arguments.pairs)
 
