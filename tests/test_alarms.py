@@ -34,6 +34,7 @@ def test_shares_are_means_over_the_seeds():
             "novelty": 0.5 if kind == "far" else 0.0,
             "disagreement": value,
             "calibration": 0.0,
+            "coverage_90": 0.85 if task == "a" else None,
         }
         for (task, seed), value in share.items()
         for kind in ("good", "far")
@@ -42,8 +43,9 @@ def test_shares_are_means_over_the_seeds():
     cells = [
         [c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()
     ]
-    assert ["a", "100.0%", "5.0%"] in cells or ["a", "5.0%", "100.0%"] in cells
-    assert any(row[0] == "**mean**" and "10.0%" in row for row in cells)
+    assert ["task", "good", "far", "90 % regions hold"] in cells
+    assert ["a", "5.0%", "100.0%", "85.0%"] in cells
+    assert ["**mean**", "10.0%", "100.0%", "–"] in cells
     assert "4 trainings with 2 seed(s)" in text and "good ones is 25%" in text
     assert ["far", "50.0%", "10.0%", "0.0%"] in cells
 
@@ -56,8 +58,10 @@ def test_far_observations_of_a_task_are_objected_to(monkeypatch):
         JeffreysNPE, "train", lambda self: train(self, max_num_epochs=8)
     )
     monkeypatch.setattr(alarms, "NUM_OBSERVATIONS", 20)
+    monkeypatch.setattr(alarms, "NUM_FRESH", 50)
     rows = pd.DataFrame(alarms.run("gaussian_linear", 200, 1)).set_index("kind")
     assert list(rows.index) == ["good", "noisy", "far"]
     assert rows["objected"]["far"] == 1.0
     assert rows["novelty"]["far"] == 1.0
     assert rows["novelty"]["good"] < 0.2
+    assert 0 < rows["coverage_90"]["good"] <= 1

@@ -572,3 +572,28 @@ def test_the_readme_says_what_the_rows_of_calibration_say():
         "TARP (bernoulli_glm_raw and sir); it is better than NPE (maf) on eight by SBC "
         "and four by TARP, than NPE (nsf) on three and none"
     ) in text_of("README.md")
+
+
+def test_the_page_on_trust_says_what_the_rows_of_the_alarms_say():
+    rows = pd.read_csv(REPORTS / "alarms_1000/rows.csv").set_index(["task", "kind"])
+    good, far = (rows.xs(kind, level="kind") for kind in ("good", "far"))
+    everywhere = good["calibration"] == 1
+    assert everywhere.sum() == 3 and len(good) == 10
+    assert (good.loc[everywhere, "coverage_90"].dropna() < 0.9).all()
+    share = f"{good.loc[~everywhere, 'objected'].mean():.1%}".replace("%", " %")
+    assert (far["objected"] == 1).all()
+    assert (
+        f"On the other seven it objects to {share} of the good observations, and to "
+        "all far ones"
+    ) in text_of("docs/how_to/trust.md")
+
+
+def test_c2st_agrees_with_scikit_learns_as_the_page_says():
+    rows = pd.read_csv(REPORTS / "c2st_accuracy/rows.csv")
+    differences = np.stack([rows[f"ours_{s}"] - rows[f"sklearn_{s}"] for s in (1, 2)])
+    assert len(rows) >= 30
+    assert abs(differences).mean() < 0.005 and abs(differences).max() < 0.015
+    mean = differences.mean(0)
+    assert abs(mean.mean()) < 2 * mean.std(ddof=1) / len(mean) ** 0.5
+    report = text_of("tasks/reports/c2st_accuracy/report.md")
+    assert f"mean absolute {abs(differences).mean():.5f}" in report
