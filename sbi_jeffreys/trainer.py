@@ -36,6 +36,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from sbi_jeffreys.atomic import atomic_proxy_loss
 from sbi_jeffreys.autoregressive import invert_in_one_pass
 from sbi_jeffreys.averaging import WeightAverage
+from sbi_jeffreys.base_scale import fit_scale, give_scale
 from sbi_jeffreys.best import Best
 from sbi_jeffreys.candidates import FlowCandidates, build_candidates
 from sbi_jeffreys.checks import check_prior, check_simulations
@@ -564,6 +565,7 @@ class JeffreysNPE(NPE):
         flow = self._build_flow(theta, x)
         invert_in_one_pass(flow)
         evaluate_one_bin(flow)
+        give_scale(flow)
         finite = x.flatten(1).isfinite().all(1)
         if finite.any():
             check_has_rsample(flow, x[finite][:3])
@@ -678,6 +680,7 @@ class JeffreysNPE(NPE):
             )
         estimator = self._estimator
         self._restore_best()
+        self._fit_scale_of_flow()
         if self._stage is Stage.PROXY:  # ended early
             self._judge_proxy_afresh()
         self._best_val_loss = self._best["flow"].loss
@@ -1254,6 +1257,8 @@ class JeffreysNPE(NPE):
             if name in self._best:
                 getattr(self._estimator, name).load_state_dict(self._best[name].state)
         self._restore_best_likelihoods()
+        if self._stage is Stage.FLOW:
+            self._fit_scale_of_flow()
         if self._stage is Stage.PROXY:
             self._judge_proxy_afresh()
         self._stage, self._stage_start = following, self.epoch
@@ -1271,6 +1276,19 @@ class JeffreysNPE(NPE):
             self._proxy_share = self._weights.flow_share
             if self._proxy_share > 0:  # else the flows are compared as before
                 del self._best["flow"]
+
+    def _fit_scale_of_flow(self) -> None:
+        """Let the best flow be as wide as validation simulations ask it to be."""
+        has_proxy = bool(self._weights.dual_variables[1:].any())
+        # Without a proxy it is NPE's. Parameters from a proposal are not spread as the
+        # posterior; the flow then keeps the scale of the rounds before.
+        if not has_proxy or self._has_atomic_loss(self._validation[1]):
+            return
+        flow = self._estimator.flow.eval()
+        theta, x = self._validation_simulations()
+        with suppress(*NUMERICAL_ERRORS):  # the scale then stays what it was
+            fit_scale(flow, theta, x, self._calibration(x, self._validation[1]))
+            self._best["flow"] = self._best["flow"]._replace(state=copy_of_state(flow))
 
     def _judge_proxy_afresh(self) -> None:
         """Weigh the factors of the best proxy, and judge it, with other samples.
