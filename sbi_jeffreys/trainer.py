@@ -434,6 +434,7 @@ class JeffreysNPE(NPE):
         if self._last_epoch is not None and not self._finished:
             # A training that had not ended. What its end would have done:
             self._restore_best()
+            self._fit_scale_of_flow()
             with keeping_random_state(self._device):
                 stage, proxy = Stage(self._last_epoch["stage"]), self._estimator.proxy
                 if stage is Stage.PROXY and isinstance(proxy, PooledEnergy):
@@ -680,7 +681,7 @@ class JeffreysNPE(NPE):
             )
         estimator = self._estimator
         self._restore_best()
-        self._fit_scale_of_flow()
+        self._fit_scale_of_flow(loss_args)
         if self._stage is Stage.PROXY:  # ended early
             self._judge_proxy_afresh()
         self._best_val_loss = self._best["flow"].loss
@@ -1258,7 +1259,7 @@ class JeffreysNPE(NPE):
                 getattr(self._estimator, name).load_state_dict(self._best[name].state)
         self._restore_best_likelihoods()
         if self._stage is Stage.FLOW:
-            self._fit_scale_of_flow()
+            self._fit_scale_of_flow(self._validation[1])
         if self._stage is Stage.PROXY:
             self._judge_proxy_afresh()
         self._stage, self._stage_start = following, self.epoch
@@ -1277,17 +1278,27 @@ class JeffreysNPE(NPE):
             if self._proxy_share > 0:  # else the flows are compared as before
                 del self._best["flow"]
 
-    def _fit_scale_of_flow(self) -> None:
-        """Let the best flow be as wide as validation simulations ask it to be."""
+    def _fit_scale_of_flow(self, loss_args: Optional[LossArgs] = None) -> None:
+        """Let the best flow be as wide as validation simulations ask it to be.
+
+        Args:
+            loss_args: Those of the training, if they are known.
+        """
         has_proxy = bool(self._weights.dual_variables[1:].any())
+        is_proposal = self._round > 0
+        if loss_args is not None:
+            is_proposal = self._has_atomic_loss(loss_args)
         # Without a proxy it is NPE's. Parameters from a proposal are not spread as the
         # posterior; the flow then keeps the scale of the rounds before.
-        if not has_proxy or self._has_atomic_loss(self._validation[1]):
+        if not has_proxy or is_proposal:
             return
         flow = self._estimator.flow.eval()
         theta, x = self._validation_simulations()
+        kernel = torch.ones(len(x), device=x.device)
+        if loss_args is not None:
+            kernel = self._calibration(x, loss_args)
         with suppress(*NUMERICAL_ERRORS):  # the scale then stays what it was
-            fit_scale(flow, theta, x, self._calibration(x, self._validation[1]))
+            fit_scale(flow, theta, x, kernel)
             self._best["flow"] = self._best["flow"]._replace(state=copy_of_state(flow))
 
     def _judge_proxy_afresh(self) -> None:

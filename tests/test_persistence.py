@@ -761,9 +761,10 @@ def test_another_version(saved, tmp_path):
     path = tmp_path / "fit.pt"
     # Of version 1 the stages were others, version 2 had no average of weights, and
     # version 3 no surrogates of the likelihood; version 4 had synthetic conditions, and
-    # version 5 energies without a bound; version 6 saw all outputs.
-    assert persistence.FORMAT_VERSION == 7
-    for version in (8, 6, 5, 4, 3, 2, 1, None):
+    # version 5 energies without a bound; version 6 saw all outputs; version 7 had flows
+    # without a scale.
+    assert persistence.FORMAT_VERSION == 8
+    for version in (9, 7, 6, 5, 4, 3, 2, 1, None):
         torch.save({**content, "version": version, "written_by": "9.9.9"}, path)
         assert_refused(path, f"format version {version}.*sbi_jeffreys 9.9.9")
 

@@ -80,10 +80,18 @@ def _without_likelihoods(
     )
 
 
+class UnscaledJeffreysNPE(JeffreysNPE):
+    """`JeffreysNPE` whose flow keeps the base distribution that it has learnt with."""
+
+    def _fit_scale_of_flow(self, *args: Any) -> None:
+        pass
+
+
 # Those "without likelihoods" have a proxy that is one energy network: what its network,
 # the flow and the schedule are worth was measured with them.
 VARIANTS: dict[str, Variant] = {
     "jeffreys": Variant(JeffreysNPE),
+    "without the flow's scale": Variant(UnscaledJeffreysNPE),
     "jeffreys, fast": Variant(JeffreysNPE, lambda: {"preset": "fast"}),
     "without likelihoods": _without_likelihoods(),
     "without likelihoods, maf": _without_likelihoods(density_estimator="maf"),
