@@ -54,9 +54,10 @@ def test_density_has_mass_one_and_is_that_of_the_samples(model):
     assert density.sum().item() * 0.01 == pytest.approx(1, abs=2e-3)
 
 
-@pytest.mark.parametrize("true_scale", [0.7, 1.0, 1.6])
-def test_fit_finds_the_scale_of_the_parameters(true_scale):
-    flow, x = flow_of("maf", num=2000)
+@pytest.mark.parametrize("dim", [1, 2, 6])
+@pytest.mark.parametrize("true_scale", [1.2, 1.6])
+def test_fit_finds_the_scale_of_the_parameters(true_scale, dim):
+    flow, x = flow_of("maf", dim, num=4000)
     give_scale(flow)
     base = base_of(flow)
     base.scale.fill_(true_scale)
@@ -64,29 +65,37 @@ def test_fit_finds_the_scale_of_the_parameters(true_scale):
         theta = flow.sample(torch.Size((1,)), x)[0]
     base.scale.fill_(1.3)  # where it stood before does not matter
     scale = fit_scale(flow, theta, x, torch.ones(len(x)))
-    # The root mean square of 4,000 normal values has standard error s / sqrt(8000).
-    assert scale == pytest.approx(true_scale, abs=4 * true_scale / math.sqrt(8000))
+    # The root mean square of n normal values has standard error s / sqrt(2 n), Huber's
+    # estimate of up to 1.1 times as much.
+    error = 1.1 * true_scale / math.sqrt(2 * 4000 * dim)
+    assert scale == pytest.approx(true_scale, abs=3 * error)
     assert base.scale.item() == scale
 
-    def log_likelihood(value):
-        base.scale.fill_(value)
-        with torch.no_grad():
-            return flow.log_prob(theta[None], x).mean().item()
 
-    best = log_likelihood(scale)
-    assert best > max(log_likelihood(0.97 * scale), log_likelihood(1.03 * scale))
-
-
-def test_an_outlier_does_not_make_all_posteriors_wide():
-    flow, x = flow_of("maf", num=100)
+def test_a_flow_is_never_made_narrower():
+    flow, x = flow_of("maf", num=500)
     give_scale(flow)
+    base_of(flow).scale.fill_(0.5)
     with torch.no_grad():
         theta = flow.sample(torch.Size((1,)), x)[0]
+    assert fit_scale(flow, theta, x, torch.ones(len(x))) == 1.0
+
+
+def test_few_simulations_far_out_do_not_make_all_posteriors_wide():
+    flow, x = flow_of("maf", num=1000)
+    give_scale(flow)
+    with torch.no_grad():
+        base_of(flow).scale.fill_(1.3)
+        theta = flow.sample(torch.Size((1,)), x)[0]
+        base_of(flow).scale.fill_(100.0)
+        far = flow.sample(torch.Size((1,)), x)[0]
     without = fit_scale(flow, theta, x, torch.ones(len(x)))
-    theta[0] = 1e8
+    theta[:20] = far[:20]
+    theta[20] = 1e8
     scale = fit_scale(flow, theta, x, torch.ones(len(x)))
-    # It counts as five standard deviations: 25 among a hundred.
-    assert scale**2 == pytest.approx(without**2 + 0.25 * 200 / 220, abs=0.05)
+    # Each counts as at most 6 instead of 2 in the mean of 1.8; maximum likelihood
+    # would be beyond 10.
+    assert without < scale < 1.05 * without
 
 
 def test_simulations_without_weight_do_not_count():
@@ -123,9 +132,9 @@ def test_only_the_active_candidate_is_fitted():
     assert isinstance(flow, FlowCandidates)
     give_scale(flow)
     flow.active = 1
-    scale = fit_scale(flow, theta, x, torch.ones(200))
+    scale = fit_scale(flow, 100 * theta, x, torch.ones(200))
     scales = [base_of(candidate).scale.item() for candidate in flow.net]  # type: ignore[union-attr]
-    assert scales == [1.0, scale, 1.0] and scale != 1.0
+    assert scales == [1.0, scale, 1.0] and scale > 1.0
 
 
 def fitted(**kwargs):
@@ -135,10 +144,14 @@ def fitted(**kwargs):
 
 
 def test_after_training_the_flow_is_as_wide_as_validation_asks():
-    inference = fitted()
+    def too_narrow(theta, x):
+        return posterior_nn("maf", hidden_features=8)(theta / 100, x)
+
+    inference = make(density_estimator=too_narrow)
+    train(inference, 12, simulate(), learning_rate=1e-6)
     flow = inference._neural_net.flow
     scale = base_of(flow).scale.item()
-    assert scale != 1.0
+    assert scale > 1.5
     theta, x, _ = inference.get_simulations()
     index = inference.val_indices
     again = fit_scale(flow, theta[index], x[index], torch.ones(len(index)))
