@@ -9,7 +9,7 @@ from sbi.utils import BoxUniform
 from scipy import stats
 
 from sbi_jeffreys import JeffreysNPE, NoTracker
-from tasks.studies.ablation import held_out_losses, report
+from tasks.studies.ablation import held_out_levels, held_out_losses, report
 
 
 class Normal:
@@ -34,6 +34,34 @@ def test_loss_of_a_flow_is_that_within_the_support():
     expected = -density.mean()
     # The share of 300 samples inside has an error of about a tenth where it is small.
     assert loss.mean().item() == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("spread", [1.0, 2.0])
+def test_levels_are_those_of_the_regions_of_highest_density(spread):
+    torch.manual_seed(0)
+    wide = BoxUniform(-50 * torch.ones(2), 50 * torch.ones(2))
+    x = torch.zeros(2000, 2)
+    theta = spread * torch.randn(2000, 2)
+    levels = held_out_levels(Normal(), wide, theta, x)["flow"]
+    # |theta|^2 / spread^2 is chi-squared. Among 2,000 the share has an error of 0.01.
+    expected = stats.chi2(2).cdf(stats.chi2(2).ppf(0.9) / spread**2)
+    assert (levels <= 0.9).float().mean().item() == pytest.approx(expected, abs=0.035)
+
+
+def test_levels_count_what_lies_within_the_support():
+    torch.manual_seed(0)
+    prior = BoxUniform(torch.zeros(1), 10 * torch.ones(1))
+    theta = torch.full((100, 1), 1.0)
+    levels = held_out_levels(Normal(), prior, theta, torch.zeros(100, 1))["flow"]
+    # A half normal: P(z < 1) is 0.683.
+    assert levels.mean().item() == pytest.approx(0.683, abs=0.02)
+
+
+def test_levels_of_the_refined_posterior_are_the_flows_at_exponent_zero(estimator):
+    prior, theta, x, network = estimator
+    network.exponent = 0.0
+    levels = held_out_levels(network, prior, theta, x)
+    torch.testing.assert_close(levels["refined"], levels["flow"])
 
 
 @pytest.fixture(scope="module")

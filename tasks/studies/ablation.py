@@ -186,6 +186,39 @@ def _within(log_prob: Tensor, inside: Tensor) -> Tensor:
     return accepted.log() - log_prob
 
 
+def held_out_levels(
+    estimator: Any, prior: Distribution, theta: Tensor, x: Tensor
+) -> dict[str, Tensor]:
+    """Return the probabilities of the regions on whose edges fresh parameters lie.
+
+    They are the regions of highest density. If a posterior knows how much it does not
+    know, the levels are uniform.
+
+    Args:
+        estimator: What `train` returned.
+        prior: The prior.
+        theta: Parameters of shape (num, dim_parameters).
+        x: Their simulations, shape (num, dim_data).
+
+    Returns:
+        Levels of shape (num,) of the `"flow"` within the prior's support, and for a
+        `JeffreysEstimator` of the `"refined"` posterior.
+    """
+    with torch.no_grad():
+        points = torch.cat((theta.unsqueeze(0), estimator.sample((NUM_SAMPLES,), x)))
+        log_flow = estimator.log_prob(points, x)
+        inside = within_support(prior, points.flatten(0, 1)).reshape(log_flow.shape)
+        log_weights = {"flow": torch.where(inside, 0.0, -torch.inf)}
+        if isinstance(estimator, JeffreysEstimator):
+            log_w = log_ratio(estimator.flow, estimator.proxy, points, x)
+            log_weights["refined"] = temper(log_w, estimator.exponent)
+        levels = {}
+        for model, weights in log_weights.items():
+            is_denser = (log_flow + weights)[1:] > (log_flow + weights)[0]
+            levels[model] = (torch.softmax(weights[1:], 0) * is_denser).sum(0)
+        return levels
+
+
 def run(task_name: str, variant: str, budget: int, seed: int) -> list[dict[str, Any]]:
     """Train a variant and return a row for each of its models.
 
@@ -204,7 +237,9 @@ def run(task_name: str, variant: str, budget: int, seed: int) -> list[dict[str, 
     start = time.process_time()  # which other work on the machine moves less
     estimator = inference.train(**method.train)
     seconds = time.process_time() - start
-    losses = held_out_losses(estimator, task.prior, theta[budget:], x[budget:])
+    fresh = theta[budget:], x[budget:]
+    losses = held_out_losses(estimator, task.prior, *fresh)
+    levels = held_out_levels(estimator, task.prior, *fresh)
     return [
         {
             "task": task_name,
@@ -214,6 +249,9 @@ def run(task_name: str, variant: str, budget: int, seed: int) -> list[dict[str, 
             "model": model,
             "loss": loss.mean().item(),
             "standard_error": loss.std().item() / math.sqrt(len(loss)),
+            "coverage_90": (levels[model] <= 0.9).float().mean().item()
+            if model in levels
+            else math.nan,
             "seconds": seconds,
         }
         for model, loss in losses.items()
@@ -221,7 +259,7 @@ def run(task_name: str, variant: str, budget: int, seed: int) -> list[dict[str, 
 
 
 def report(rows: pd.DataFrame) -> str:
-    """Return Markdown tables of the losses, one for every budget."""
+    """Return Markdown tables of the losses, and of coverage where it was measured."""
     parts = []
     for budget, part in rows.groupby("budget"):
         table = part.pivot_table(
@@ -233,6 +271,17 @@ def report(rows: pd.DataFrame) -> str:
             f"{budget} simulations, {part['seed'].nunique()} seed(s)\n\n"
             + _markdown(table.reset_index())
         )
+        if "coverage_90" in part and part["coverage_90"].notna().any():
+            coverage = part.dropna(subset=["coverage_90"]).pivot_table(
+                index=["variant", "model"],
+                columns="task",
+                values="coverage_90",
+                sort=False,
+            )
+            parts.append(
+                "Share of the fresh parameters in the posterior's 90 % regions of "
+                "highest density\n\n" + _markdown(coverage.reset_index())
+            )
     return "\n\n".join(parts)
 
 
