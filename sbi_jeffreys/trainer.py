@@ -685,6 +685,7 @@ class JeffreysNPE(NPE):
         if self._stage is Stage.PROXY:  # ended early
             self._judge_proxy_afresh()
         self._best_val_loss = self._best["flow"].loss
+        self._summary["best_validation_loss"][-1] = self._best_val_loss
         if not math.isfinite(self._best_val_loss):
             self._forget_training()
             raise ValueError(
@@ -1297,9 +1298,28 @@ class JeffreysNPE(NPE):
         kernel = torch.ones(len(x), device=x.device)
         if loss_args is not None:
             kernel = self._calibration(x, loss_args)
+        loss_now = self._best["flow"].loss
         with suppress(*NUMERICAL_ERRORS):  # the scale then stays what it was
             fit_scale(flow, theta, x, kernel)
-            self._best["flow"] = self._best["flow"]._replace(state=copy_of_state(flow))
+            loss_now = self._flow_loss_on_validation(loss_args)
+        self._best["flow"] = self._best["flow"]._replace(
+            score=loss_now,  # no later flow is compared with one of the distillation
+            state=copy_of_state(flow),
+            loss=loss_now,
+        )
+
+    @torch.no_grad()
+    def _flow_loss_on_validation(self, loss_args: Optional[LossArgs]) -> float:
+        """Return the mean loss of the flow over all validation simulations."""
+        theta, x, _ = self.get_simulations(self._starting_round)
+        total = 0.0
+        for index in torch.as_tensor(self.val_indices).split(VALIDATION_CHUNK):
+            of_chunk = theta[index].to(self._device), x[index].to(self._device)
+            losses = self._estimator.flow.loss(*of_chunk)
+            if loss_args is not None:
+                losses = self._calibration(of_chunk[1], loss_args) * losses
+            total += losses.sum().item()
+        return total / len(self.val_indices)
 
     def _judge_proxy_afresh(self) -> None:
         """Weigh the factors of the best proxy, and judge it, with other samples.

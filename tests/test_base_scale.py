@@ -171,3 +171,18 @@ def test_simulations_of_a_proposal_leave_the_scale_of_the_rounds_before():
     inference.append_simulations(theta, simulator(theta), proposal=proposal)
     train(inference)
     assert base_of(inference._neural_net.flow).scale.item() == scale
+
+
+def test_the_validation_loss_is_that_of_the_flow_that_is_kept():
+    def too_narrow(theta, x):
+        return posterior_nn("maf", hidden_features=8)(theta / 100, x)
+
+    inference = make(density_estimator=too_narrow)
+    train(inference, 12, simulate(), learning_rate=1e-6)
+    theta, x, _ = inference.get_simulations()
+    index = inference.val_indices
+    with torch.no_grad():
+        loss = inference._neural_net.loss(theta[index], x[index]).mean().item()
+    best = inference.summary["best_validation_loss"][-1]
+    assert best == pytest.approx(loss, rel=1e-5)
+    assert best < inference.summary["validation_loss"][0] - 1
