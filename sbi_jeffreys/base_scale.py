@@ -82,7 +82,7 @@ def fit_scale(
     Returns:
         The scale $s$. It stays what it is if a density is not finite.
     """
-    bases = _bases(flow)
+    bases = scaled_bases(flow)
     if not bases:
         return 1.0
     before = bases[0].scale.item()
@@ -127,8 +127,8 @@ def _robust_variance(squares: Tensor, kernel: Tensor, num_parameters: int) -> fl
     return variance.item()
 
 
-def _bases(flow: ConditionalDensityEstimator) -> List[ScaledNormal]:
-    """Return the base distribution of the flow that is active, if it has a scale."""
+def scaled_bases(flow: ConditionalDensityEstimator) -> List[ScaledNormal]:
+    """Return the base distributions with a scale of the flow that is active."""
     if isinstance(flow, FlowCandidates):
         flow = flow.flow
     return [module for module in flow.modules() if isinstance(module, ScaledNormal)]

@@ -36,7 +36,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from sbi_jeffreys.atomic import atomic_proxy_loss
 from sbi_jeffreys.autoregressive import invert_in_one_pass
 from sbi_jeffreys.averaging import WeightAverage
-from sbi_jeffreys.base_scale import fit_scale, give_scale
+from sbi_jeffreys.base_scale import fit_scale, give_scale, scaled_bases
 from sbi_jeffreys.best import Best
 from sbi_jeffreys.candidates import FlowCandidates, build_candidates
 from sbi_jeffreys.checks import check_prior, check_simulations
@@ -681,11 +681,9 @@ class JeffreysNPE(NPE):
             )
         estimator = self._estimator
         self._restore_best()
-        self._fit_scale_of_flow(loss_args)
         if self._stage is Stage.PROXY:  # ended early
             self._judge_proxy_afresh()
         self._best_val_loss = self._best["flow"].loss
-        self._summary["best_validation_loss"][-1] = self._best_val_loss
         if not math.isfinite(self._best_val_loss):
             self._forget_training()
             raise ValueError(
@@ -1291,9 +1289,10 @@ class JeffreysNPE(NPE):
             is_proposal = self._has_atomic_loss(loss_args)
         # Without a proxy it is NPE's. Parameters from a proposal are not spread as the
         # posterior; the flow then keeps the scale of the rounds before.
-        if not has_proxy or is_proposal:
+        flow = self._estimator.flow
+        if not has_proxy or is_proposal or not scaled_bases(flow):
             return
-        flow = self._estimator.flow.eval()
+        flow.eval()
         theta, x = self._validation_simulations()
         kernel = torch.ones(len(x), device=x.device)
         if loss_args is not None:
@@ -1500,6 +1499,8 @@ class JeffreysNPE(NPE):
             )
 
     def _summarize(self, round_: int) -> None:
+        self._restore_best()
+        self._fit_scale_of_flow(self._validation[1])
         # sbi's is the lowest of any flow's, not that of the flow which is kept.
         self._summary["best_validation_loss"][-1] = self._best["flow"].loss
         offset = sum(self._summary["epochs_trained"][:-1])
