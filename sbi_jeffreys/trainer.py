@@ -1297,10 +1297,14 @@ class JeffreysNPE(NPE):
         kernel = torch.ones(len(x), device=x.device)
         if loss_args is not None:
             kernel = self._calibration(x, loss_args)
-        loss_now = self._best["flow"].loss
-        with suppress(*NUMERICAL_ERRORS):  # the scale then stays what it was
-            fit_scale(flow, theta, x, kernel)
+        before = scaled_bases(flow)[0].scale.item()
+        try:
+            if fit_scale(flow, theta, x, kernel) == before:
+                return
             loss_now = self._flow_loss_on_validation(loss_args)
+        except NUMERICAL_ERRORS:
+            flow.load_state_dict(self._best["flow"].state)
+            return
         self._best["flow"] = self._best["flow"]._replace(
             score=loss_now,  # no later flow is compared with one of the distillation
             state=copy_of_state(flow),
