@@ -143,12 +143,17 @@ def fitted(**kwargs):
     return inference
 
 
-def test_after_training_the_flow_is_as_wide_as_validation_asks():
+def fitted_with_a_narrow_flow():
     def too_narrow(theta, x):
         return posterior_nn("maf", hidden_features=8)(theta / 100, x)
 
     inference = make(density_estimator=too_narrow)
     train(inference, 12, simulate(), learning_rate=1e-6)
+    return inference
+
+
+def test_after_training_the_flow_is_as_wide_as_validation_asks():
+    inference = fitted_with_a_narrow_flow()
     flow = inference._neural_net.flow
     scale = base_of(flow).scale.item()
     assert scale > 1.5
@@ -174,11 +179,7 @@ def test_simulations_of_a_proposal_leave_the_scale_of_the_rounds_before():
 
 
 def test_the_validation_loss_is_that_of_the_flow_that_is_kept():
-    def too_narrow(theta, x):
-        return posterior_nn("maf", hidden_features=8)(theta / 100, x)
-
-    inference = make(density_estimator=too_narrow)
-    train(inference, 12, simulate(), learning_rate=1e-6)
+    inference = fitted_with_a_narrow_flow()
     theta, x, _ = inference.get_simulations()
     index = inference.val_indices
     with torch.no_grad():
