@@ -1,5 +1,6 @@
 """What `JeffreysNPE.train` returns: the flow and its proxy as one estimator."""
 
+from functools import cached_property
 from typing import Optional, Tuple
 
 import torch
@@ -44,7 +45,7 @@ class JeffreysEstimator(ConditionalDensityEstimator):
         self.proxy.train(mode)
         return self
 
-    @property
+    @cached_property
     def shares_parameters(self) -> bool:
         """Whether flow and proxy have parameters in common: an embedding net."""
         of_flow = {id(parameter) for parameter in self.flow.parameters()}

@@ -9,7 +9,6 @@ from sbi.neural_nets.estimators.mixture_density_estimator import (
 )
 from sbi.neural_nets.estimators.nflows_flow import NFlowsFlow
 from torch import Tensor
-from torch.func import functional_call
 
 
 def rsample_and_log_prob(
@@ -62,7 +61,7 @@ def sample_and_log_prob(
 
 
 def score(flow: ConditionalDensityEstimator, theta: Tensor, x: Tensor) -> Tensor:
-    r"""Return the score $\nabla_\theta \log p_\phi(\theta \mid x)$ with $\phi$ frozen.
+    r"""Return the score $\nabla_\theta \log p_\phi(\theta \mid x)$.
 
     Args:
         flow: Conditional flow.
@@ -72,27 +71,12 @@ def score(flow: ConditionalDensityEstimator, theta: Tensor, x: Tensor) -> Tensor
     Returns:
         The score, of the shape of `theta`, without gradients to the flow.
     """
-    frozen = {name: p.detach() for name, p in flow.named_parameters()}
     with torch.enable_grad():
         theta = theta.detach().requires_grad_()
-        log_prob = functional_call(
-            _LogProb(flow),
-            {f"flow.{name}": p for name, p in frozen.items()},
-            (theta, x),
-        )
+        # Parameters that are asked for no gradient cost no step backwards.
+        log_prob = flow.log_prob(theta, x)
         (gradient,) = torch.autograd.grad(log_prob.sum(), theta)
     return gradient
-
-
-class _LogProb(torch.nn.Module):
-    """`flow.log_prob` as a module's forward, which `functional_call` needs."""
-
-    def __init__(self, flow: ConditionalDensityEstimator) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, theta: Tensor, x: Tensor) -> Tensor:
-        return self.flow.log_prob(theta, x)
 
 
 def check_has_rsample(flow: ConditionalDensityEstimator, x: Tensor) -> None:

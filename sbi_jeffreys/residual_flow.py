@@ -41,8 +41,7 @@ class ResidualFlow(ConditionalDensityEstimator):
     @property
     def flow(self) -> ConditionalDensityEstimator:
         """The flow of the residual coordinates."""
-        # Registered once, as sbi's `net`: under two names `functional_call` would put
-        # back the wrong parameters.
+        # Registered once, as sbi's `net`.
         return cast(ConditionalDensityEstimator, self.net)
 
     @property

@@ -175,6 +175,7 @@ class JeffreysNPE(NPE):
 
     _average: WeightAverage
     _parameters: Dict[Module, List[Parameter]]
+    _standing_losses: Optional[Tensor]
 
     def __init__(
         self,
@@ -630,6 +631,7 @@ class JeffreysNPE(NPE):
         self._num_batches = len(train_loader)
         self._stop_after_epochs = train_config.stop_after_epochs
         self._validation = val_loader, loss_args
+        self._standing_losses = None
         self._estimator.to(self._device)  # sbi does so later; averages stay where made
         self._average = WeightAverage(
             self._estimator, max(1, NUM_AVERAGED_EPOCHS * len(train_loader))
@@ -755,6 +757,7 @@ class JeffreysNPE(NPE):
             ) from error
         failed, failed_stage = self._candidate, self._stage
         restore(self, state)
+        self._standing_losses = None
         num_epochs = state["epoch"]
         if isinstance(error, KeyboardInterrupt):
             return f"Training was interrupted after {num_epochs} epochs."
@@ -1105,7 +1108,7 @@ class JeffreysNPE(NPE):
         with torch.no_grad():
             for batch in val_loader:
                 kernel = self._calibration(batch[1].to(self._device), loss_args)
-                forward_kl = self._forward_kl(batch, loss_args)
+                forward_kl = self._flow_validation_losses(batch, loss_args)
                 losses.append(kernel * forward_kl)
                 if self._stage is Stage.LIKELIHOOD:
                     likelihood_losses.append(kernel * self._likelihood_losses(batch))
@@ -1145,6 +1148,46 @@ class JeffreysNPE(NPE):
             self._epoch_metrics[name] = value
         self._epoch_metrics["trust"] = self._weights.trust
         return val_loss
+
+    def _flow_validation_losses(
+        self, batch: Sequence[Tensor], loss_args: Optional[LossArgs]
+    ) -> Tensor:
+        """Return the flow's losses on a batch of validation simulations.
+
+        While it stands still they are taken once. Atoms are others in every epoch.
+        """
+        stands_still = self._estimator.flow in self._standing_still
+        if not stands_still or len(batch) < 4 or self._has_atomic_loss(loss_args):
+            return self._forward_kl(batch, loss_args)
+        if self._standing_losses is None:
+            self._standing_losses = self._flow_losses_on_validation()
+        return self._standing_losses[self._position[batch[3]]]
+
+    def _proxy_validation_losses(
+        self,
+        batch: Sequence[Tensor],
+        log_partition: Tensor,
+        loss_args: Optional[LossArgs],
+    ) -> Tensor:
+        """Return the losses of the proxy that stands still, as those of the flow."""
+        theta, x = batch[0].to(self._device), batch[1].to(self._device)
+        if self._has_atomic_loss(loss_args):
+            return atomic_proxy_loss(
+                self._estimator.proxy, self._prior, theta, x, self._num_atoms
+            )
+        if len(batch) < 4 or self._round > 0:
+            return self._proxy_losses(theta, x, log_partition)
+        if self._standing_losses is None:
+            samples = self._samples.proxy_samples["validation"]
+            self._standing_losses = self._proxy_losses(
+                *self._validation_simulations(), samples.log_partition
+            )
+        return self._standing_losses[self._position[batch[3]]]
+
+    def _proxy_losses(self, theta: Tensor, x: Tensor, log_partition: Tensor) -> Tensor:
+        proxy = self._estimator.proxy
+        log_q = proxy.base.extended_log_prob(theta) + proxy(theta[None], x)[0]
+        return log_partition - log_q
 
     def _likelihood_losses(self, batch: Sequence[Tensor]) -> Tensor:
         r"""Return $-\log \ell_k(x \mid \theta)$ of all surrogates, `(K, batch_dim)`."""
@@ -1195,23 +1238,16 @@ class JeffreysNPE(NPE):
             The divergences, and `KL(q || p)`.
         """
         (flow, proxy), objective = self._models, self.objective
-        theta, x = batch[0].to(self._device), batch[1].to(self._device)
+        x = batch[1].to(self._device)
         samples = self._proxy_samples_at(batch, loader, "validation")
         log_z = samples.log_partition
-        if self._has_atomic_loss(loss_args):
-            proxy_forward_kl = atomic_proxy_loss(
-                proxy, self._prior, theta, x, self._num_atoms
-            )
-        else:
-            log_q = proxy.base.extended_log_prob(theta) + proxy(theta[None], x)[0]
-            proxy_forward_kl = log_z - log_q
         num_samples = VALIDATION_MULTIPLE * (
             objective.num_flow_samples + objective.num_reference_samples
         )
         divergences = Divergences(
             None,
             objective.reverse_kl(flow, proxy, x, log_z, NUM_REVERSE_VALIDATION_SAMPLES),
-            proxy_forward_kl,
+            self._proxy_validation_losses(batch, log_z, loss_args),
             LogPartition(log_z, samples.effective_sample_size, num_samples),
         )
         return divergences, objective.forward_kl_to_proxy(flow, x, samples)
@@ -1262,6 +1298,7 @@ class JeffreysNPE(NPE):
         if self._stage is Stage.PROXY:
             self._judge_proxy_afresh()
         self._stage, self._stage_start = following, self.epoch
+        self._standing_losses = None
         self._is_new = False
         self.optimizer.state.clear()
         self._average.restart()
@@ -1312,17 +1349,26 @@ class JeffreysNPE(NPE):
         )
 
     @torch.no_grad()
+    def _flow_losses_on_validation(self) -> Tensor:
+        """Return the losses of the flow at all validation simulations, in order."""
+        theta, x, _ = self.get_simulations(self._starting_round)
+        losses = [
+            self._estimator.flow.loss(
+                theta[index].to(self._device), x[index].to(self._device)
+            )
+            for index in torch.as_tensor(self.val_indices).split(VALIDATION_CHUNK)
+        ]
+        return torch.cat(losses)
+
     def _flow_loss_on_validation(self, loss_args: Optional[LossArgs]) -> float:
         """Return the mean loss of the flow over all validation simulations."""
-        theta, x, _ = self.get_simulations(self._starting_round)
-        total = 0.0
-        for index in torch.as_tensor(self.val_indices).split(VALIDATION_CHUNK):
-            of_chunk = theta[index].to(self._device), x[index].to(self._device)
-            losses = self._estimator.flow.loss(*of_chunk)
-            if loss_args is not None:
-                losses = self._calibration(of_chunk[1], loss_args) * losses
-            total += losses.sum().item()
-        return total / len(self.val_indices)
+        losses = self._flow_losses_on_validation()
+        if loss_args is not None:
+            _, x, _ = self.get_simulations(self._starting_round)
+            chunks = x[self.val_indices].split(VALIDATION_CHUNK)
+            kernels = [self._calibration(c.to(self._device), loss_args) for c in chunks]
+            losses = torch.cat(kernels) * losses
+        return losses.mean().item()
 
     def _judge_proxy_afresh(self) -> None:
         """Weigh the factors of the best proxy, and judge it, with other samples.
@@ -1492,8 +1538,9 @@ class JeffreysNPE(NPE):
 
     def _check_epoch(self) -> None:
         """Raise if the epoch was no good start for another."""
-        for name in ("flow", "proxy"):
-            if not all_finite(getattr(self._estimator, name)):
+        for name, model in zip(("flow", "proxy"), self._models, strict=True):
+            learns = model not in self._standing_still
+            if learns and not all_finite(model):
                 raise NonFiniteError(f"The {name} has NaN or infinite parameters.")
         last = 0 if self._last_epoch is None else self._last_epoch["num_skipped_steps"]
         if self._num_skipped_steps - last >= self._num_batches:
@@ -1632,6 +1679,7 @@ class JeffreysNPE(NPE):
         state.pop("_average", None)
         state.pop("_parameters", None)
         state.pop("_validation", None)
+        state.pop("_standing_losses", None)
         return state
 
 

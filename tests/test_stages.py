@@ -346,6 +346,35 @@ def test_only_the_models_of_a_stage_learn(shared):
             assert equal(own, states[first["proxy"]][0][1])
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_losses_are_of_both_models_as_they_are_in_every_epoch(shared):
+    # Those of a model that stands still are taken once a stage.
+    inference = make(shared)
+    compared = []
+    validate = inference._validate_epoch
+
+    @torch.no_grad()
+    def validate_and_compare(*args):
+        loss = validate(*args)
+        flow, proxy = inference._models
+        theta, x, _ = inference.get_simulations()
+        theta, x = theta[inference.val_indices], x[inference.val_indices]
+        metrics = inference._epoch_metrics
+        expected = pytest.approx(flow.loss(theta, x).mean().item(), rel=1e-5)
+        assert metrics["validation_forward_kl"] == expected == loss
+        if inference._stage is Stage.DISTILLATION:
+            log_z = inference._samples.proxy_samples["validation"].log_partition
+            log_q = proxy.base.extended_log_prob(theta) + proxy(theta[None], x)[0]
+            expected = pytest.approx((log_z - log_q).mean().item(), rel=1e-5)
+            assert metrics["validation_proxy_forward_kl"] == expected
+        compared.append(inference._stage.value)
+        return loss
+
+    inference._validate_epoch = validate_and_compare
+    train(inference, 12)
+    assert compared == inference.summary["stage"] == stages_of(12, shared)
+
+
 def test_factors_are_weighed_at_the_end_of_the_proxys_stage():
     inference = make()
     states, kept = record(inference), []
