@@ -188,7 +188,9 @@ class RefinedPosterior(NeuralPosterior):
         exponent: The exponent $\beta$; that of the estimator if not given.
         oversampling_factor: Number of samples drawn from the flow for each one kept,
             and half as many where the first half is already worth as many independent
-            samples as are asked for; `min_num_candidates` in all at least.
+            samples as are asked for; `min_num_candidates` in all at least. Where few
+            samples are asked for, and these many are not worth them, more are drawn,
+            up to those for `cheap_num_samples` samples.
         num_moves: Number of Metropolis moves of every sample where the weights leave
             hardly an independent one; proportionally fewer where they leave more, and
             none where they leave as many as are asked for.
@@ -206,6 +208,9 @@ class RefinedPosterior(NeuralPosterior):
     #: Samples drawn from the flow at least: one of four candidates, however weighted,
     #: is still nearly a sample of the flow.
     min_num_candidates = 100
+    #: A call for fewer samples, in all observations, may draw as many of the flow as
+    #: one for so many does: they take a second, and repeated samples are worth less.
+    cheap_num_samples = 10_000
 
     def __init__(
         self,
@@ -398,10 +403,7 @@ class RefinedPosterior(NeuralPosterior):
 
     def _resample(self, sample_shape: torch.Size, x: Tensor) -> Tensor:
         num_samples = sample_shape.numel()
-        num_candidates = max(
-            num_samples * self.oversampling_factor, self.min_num_candidates
-        )
-        theta, log_weights, ess = self._candidates(num_samples, num_candidates, x)
+        theta, log_weights, ess = self._candidates(num_samples, x)
         if torch.isneginf(log_weights).all(0).any():
             raise RuntimeError(
                 "All samples of the flow lie outside the prior's support at this "
@@ -430,19 +432,20 @@ class RefinedPosterior(NeuralPosterior):
             )
         return samples.reshape(*sample_shape, len(x), *theta.shape[2:])
 
-    def _candidates(
-        self, num_samples: int, num_candidates: int, x: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _candidates(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return samples of the flow, their log weights and effective sample sizes.
 
-        The second half is drawn only if the first is worth fewer than `num_samples`.
+        Twice as many are drawn until they are worth `num_samples`, or the most that
+        may be drawn.
         """
-        # Few candidates are all drawn: their effective sample size says little.
-        first = min(num_candidates, max(num_candidates // 2, self.min_num_candidates))
+        factor = self.oversampling_factor
+        most = factor * max(num_samples, self.cheap_num_samples // len(x))
+        # Of a few candidates the effective sample size says little.
+        first = max(num_samples * factor // 2, self.min_num_candidates)
         theta, log_weights = self._propose(first, x)
         ess = from_log_weights(log_weights).effective_sample_size
-        if first < num_candidates and (ess < num_samples).any():
-            more = self._propose(num_candidates - first, x)
+        while len(theta) < most and (ess < num_samples).any():
+            more = self._propose(min(len(theta), most - len(theta)), x)
             theta = torch.cat((theta, more[0]))
             log_weights = torch.cat((log_weights, more[1]))
             ess = from_log_weights(log_weights).effective_sample_size

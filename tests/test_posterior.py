@@ -113,10 +113,38 @@ def test_no_more_of_the_flow_is_sampled_than_its_weights_need(monkeypatch):
     # A share of the weights is worth less than half.
     share = RefinedPosterior(gaussian_estimator(), WIDE, 1.0).effective_sample_size(X)
     assert (share < 5000).any()
-    assert num_drawn(1.0, 1000, X) == 4000
+    assert num_drawn(1.0, 4000, X) == 16_000
     # A few candidates are no ground for saying what they are worth.
     least = RefinedPosterior.min_num_candidates
     assert num_drawn(0.0, 1) == num_drawn(0.0, 30) == least
+
+
+def test_few_samples_have_as_many_of_the_flow_as_many_have(monkeypatch):
+    drawn = []
+    # Of a thousand samples of the flow, in every call, three hundred count.
+    monkeypatch.setattr(
+        "sbi_jeffreys.posterior.sample_with_log_ratio",
+        lambda flow, proxy, num, x: (
+            drawn.append(num) or torch.randn(num, len(x), 2),
+            torch.where(torch.arange(num) % 10 < 3, 0.0, -30.0)[:, None].expand(
+                num, len(x)
+            ),
+        ),
+    )
+
+    def num_drawn(num_samples, x=X[:1], **kwargs):
+        drawn.clear()
+        posterior = RefinedPosterior(gaussian_estimator(), WIDE, 1.0, **kwargs)
+        posterior.sample_batched((num_samples,), x)
+        return sum(drawn)
+
+    assert num_drawn(1000) == 4000  # worth 1,200, and 2,000 were worth 600
+    assert num_drawn(1000, oversampling_factor=2) == 4000
+    assert num_drawn(8000, oversampling_factor=2) == 20_000
+    assert num_drawn(30_000, oversampling_factor=2) == 60_000
+    # Of many observations each has its share of what a call may draw.
+    assert num_drawn(1000, X.repeat(2, 1), oversampling_factor=2) == 3332
+    assert num_drawn(1000, X.repeat(20, 1), oversampling_factor=2) == 2000
 
 
 def test_moves_are_as_many_as_independent_samples_are_missing(monkeypatch):
@@ -138,7 +166,7 @@ def test_moves_are_as_many_as_independent_samples_are_missing(monkeypatch):
     )[1]
     share = from_log_weights(log_weights).effective_sample_size.item() / 200_000
     assert 0.2 < share < 0.8  # neither none of the moves nor all
-    uneven.sample((5000,), x=X[2:])
+    uneven.sample((10_000,), x=X[2:])
     assert made.pop() == pytest.approx(50 * (1 - share), abs=3)
 
 
