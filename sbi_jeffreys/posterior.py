@@ -179,21 +179,23 @@ class RefinedPosterior(NeuralPosterior):
     `sbi_jeffreys.refinement`: at 0 this is the flow, at 1 the proxy.
 
     Samples come from sampling importance resampling. How many independent samples
-    the weights are worth is told by `effective_sample_size`; where that is fewer than
-    are asked for, Metropolis moves spread the repeated ones, see `sbi_jeffreys.moves`.
+    the weights are worth is told by `effective_sample_size`. Where the weights are
+    uneven the same samples are taken again and again; Metropolis moves part them, see
+    `sbi_jeffreys.moves`.
 
     Args:
         estimator: What `JeffreysNPE.train` returned.
         prior: The prior; samples outside its support are left out.
         exponent: The exponent $\beta$; that of the estimator if not given.
-        oversampling_factor: Number of samples drawn from the flow for each one kept,
-            and half as many where the first half is already worth as many independent
-            samples as are asked for; `min_num_candidates` in all at least. Where few
-            samples are asked for, and these many are not worth them, more are drawn,
-            up to those for `cheap_num_samples` samples.
-        num_moves: Number of Metropolis moves of every sample where the weights leave
-            hardly an independent one; proportionally fewer where they leave more, and
-            none where they leave as many as are asked for.
+        oversampling_factor: Number of samples drawn from the flow for each one kept
+            at most, and half as many where hardly any of these has to be taken twice;
+            `min_num_candidates` in all at least. A call for fewer samples than
+            `cheap_num_samples`, in all observations, may draw as many as one for so
+            many.
+        num_moves: Number of Metropolis moves $m$ of every sample where nearly all are
+            repetitions; $\lceil m \sqrt{\rho} \rceil$ where a share $\rho$ of them
+            is, as two copies part slowly however few there are, and none below
+            `max_repeated`.
         max_sampling_batch_size: Number of samples of the flow drawn at a time.
         device: Device of the estimator, found out if not given.
 
@@ -208,9 +210,11 @@ class RefinedPosterior(NeuralPosterior):
     #: Samples drawn from the flow at least: one of four candidates, however weighted,
     #: is still nearly a sample of the flow.
     min_num_candidates = 100
-    #: A call for fewer samples, in all observations, may draw as many of the flow as
-    #: one for so many does: they take a second, and repeated samples are worth less.
+    #: The samples of the flow for so many samples take about a second.
     cheap_num_samples = 10_000
+    #: Share of repeated samples that is left as it is. A classifier, as that of C2ST,
+    #: recognises repetitions.
+    max_repeated = 0.01
 
     def __init__(
         self,
@@ -403,13 +407,14 @@ class RefinedPosterior(NeuralPosterior):
 
     def _resample(self, sample_shape: torch.Size, x: Tensor) -> Tensor:
         num_samples = sample_shape.numel()
-        theta, log_weights, ess = self._candidates(num_samples, x)
+        theta, log_weights = self._candidates(num_samples, x)
         if torch.isneginf(log_weights).all(0).any():
             raise RuntimeError(
                 "All samples of the flow lie outside the prior's support at this "
                 "observation: it is far from what was simulated. Check it against the "
                 "prior predictive distribution, or use sample_with='mcmc'."
             )
+        ess = from_log_weights(log_weights).effective_sample_size
         if (ess < self.min_relative_ess * len(theta)).any():
             warnings.warn(
                 f"The importance weights have collapsed: {len(theta)} samples of the "
@@ -422,34 +427,35 @@ class RefinedPosterior(NeuralPosterior):
         chosen = systematic_resampling(log_weights, num_samples)
         index = chosen.unsqueeze(-1).expand(*chosen.shape, theta.shape[-1])
         samples = theta.gather(0, index)
-        missing = 1 - ess.min().item() / max(num_samples, 1)
-        if missing > 0:
+        repeated = repeated_share(log_weights, num_samples).max().item()
+        if repeated > self.max_repeated:
             # All samples move: those that are repeated are no sample of the posterior.
             samples = metropolis_moves(
                 lambda points: self._log_density(points, x),
                 samples,
-                math.ceil(self.num_moves * missing),
+                math.ceil(self.num_moves * math.sqrt(repeated)),
             )
         return samples.reshape(*sample_shape, len(x), *theta.shape[2:])
 
-    def _candidates(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return samples of the flow, their log weights and effective sample sizes.
+    def _candidates(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return samples of the flow and their log weights.
 
-        Twice as many are drawn until they are worth `num_samples`, or the most that
-        may be drawn.
+        Twice as many are drawn until hardly any has to be taken twice, or the most
+        that may be drawn.
         """
         factor = self.oversampling_factor
         most = factor * max(num_samples, self.cheap_num_samples // len(x))
-        # Of a few candidates the effective sample size says little.
+        # Of a few candidates the weights say little.
         first = max(num_samples * factor // 2, self.min_num_candidates)
         theta, log_weights = self._propose(first, x)
-        ess = from_log_weights(log_weights).effective_sample_size
-        while len(theta) < most and (ess < num_samples).any():
+        while len(theta) < most:
+            repeated = repeated_share(log_weights, num_samples)
+            if not (repeated > self.max_repeated).any():
+                break
             more = self._propose(min(len(theta), most - len(theta)), x)
             theta = torch.cat((theta, more[0]))
             log_weights = torch.cat((log_weights, more[1]))
-            ess = from_log_weights(log_weights).effective_sample_size
-        return theta, log_weights, ess
+        return theta, log_weights
 
     @torch.no_grad()
     def _log_density(self, theta: Tensor, x: Tensor) -> Tensor:
@@ -461,6 +467,25 @@ class RefinedPosterior(NeuralPosterior):
         """Return whether parameters are the prior's, `(num_samples, batch_dim)`."""
         inside = within_support(self.prior, theta.flatten(0, 1))
         return inside.reshape(theta.shape[:2])
+
+
+def repeated_share(log_weights: Tensor, num_samples: int) -> Tensor:
+    r"""Return the share of samples that repeat others, when drawn by their weights.
+
+    .. math:: \rho = \frac1n \sum_i \max(0, n w_i - 1), \qquad \sum_i w_i = 1
+
+    Systematic resampling takes a sample $\lfloor n w_i \rfloor$ or
+    $\lceil n w_i \rceil$ times, and $n w_i$ times in expectation.
+
+    Args:
+        log_weights: Of shape `(num_candidates, batch_dim)`.
+        num_samples: Number of samples $n$ to draw.
+
+    Returns:
+        Of shape `(batch_dim,)`.
+    """
+    taken = num_samples * torch.softmax(log_weights.double(), 0)
+    return (taken - 1).clamp_min(0).sum(0) / max(num_samples, 1)
 
 
 def systematic_resampling(log_weights: Tensor, num_samples: int) -> Tensor:

@@ -4,6 +4,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -23,8 +24,7 @@ from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import JeffreysEstimator, RefinedPosterior, energy_nn
 from sbi_jeffreys.moves import metropolis_moves
-from sbi_jeffreys.partition import from_log_weights
-from sbi_jeffreys.posterior import systematic_resampling
+from sbi_jeffreys.posterior import repeated_share, systematic_resampling
 from sbi_jeffreys.refinement import sample_with_log_ratio
 
 WIDE = MultivariateNormal(torch.zeros(2), 100 * torch.eye(2))
@@ -119,18 +119,34 @@ def test_no_more_of_the_flow_is_sampled_than_its_weights_need(monkeypatch):
     assert num_drawn(0.0, 1) == num_drawn(0.0, 30) == least
 
 
+def test_share_of_repeated_samples():
+    log_weights = torch.tensor([[0.0, 0.0], [0.0, -torch.inf], [0.0, -torch.inf]])
+    assert repeated_share(log_weights, 3).tolist() == pytest.approx([0, 2 / 3])
+    assert repeated_share(log_weights, 6).tolist() == pytest.approx([0.5, 5 / 6])
+    assert repeated_share(log_weights, 0).tolist() == [0, 0]
+    # In the mean over its one random number, resampling repeats as many.
+    torch.manual_seed(0)
+    log_weights = 2 * torch.randn(500, 1)
+    repeated = []
+    for _ in range(200):
+        chosen = systematic_resampling(log_weights, 200)
+        repeated.append(1 - len(chosen.unique()) / 200)
+    error = np.std(repeated) / 200**0.5
+    share = repeated_share(log_weights, 200).item()
+    assert 0.2 < share < 0.8
+    assert np.mean(repeated) == pytest.approx(share, abs=4 * error)
+
+
 def test_few_samples_have_as_many_of_the_flow_as_many_have(monkeypatch):
     drawn = []
-    # Of a thousand samples of the flow, in every call, three hundred count.
-    monkeypatch.setattr(
-        "sbi_jeffreys.posterior.sample_with_log_ratio",
-        lambda flow, proxy, num, x: (
-            drawn.append(num) or torch.randn(num, len(x), 2),
-            torch.where(torch.arange(num) % 10 < 3, 0.0, -30.0)[:, None].expand(
-                num, len(x)
-            ),
-        ),
-    )
+
+    # One of ten samples of the flow counts.
+    def tenth(flow, proxy, num, x):
+        drawn.append(num)
+        log_weights = torch.where(torch.arange(num) % 10 == 0, 0.0, -30.0)
+        return torch.randn(num, len(x), 2), log_weights[:, None].expand(num, len(x))
+
+    monkeypatch.setattr("sbi_jeffreys.posterior.sample_with_log_ratio", tenth)
 
     def num_drawn(num_samples, x=X[:1], **kwargs):
         drawn.clear()
@@ -138,16 +154,16 @@ def test_few_samples_have_as_many_of_the_flow_as_many_have(monkeypatch):
         posterior.sample_batched((num_samples,), x)
         return sum(drawn)
 
-    assert num_drawn(1000) == 4000  # worth 1,200, and 2,000 were worth 600
-    assert num_drawn(1000, oversampling_factor=2) == 4000
+    assert num_drawn(1000) == 16_000  # of 8,000 eight hundred count
+    assert num_drawn(8000) == 40_000
     assert num_drawn(8000, oversampling_factor=2) == 20_000
     assert num_drawn(30_000, oversampling_factor=2) == 60_000
     # Of many observations each has its share of what a call may draw.
-    assert num_drawn(1000, X.repeat(2, 1), oversampling_factor=2) == 3332
-    assert num_drawn(1000, X.repeat(20, 1), oversampling_factor=2) == 2000
+    assert num_drawn(1000, X.repeat(2, 1)) == 4 * 1666
+    assert num_drawn(1000, X.repeat(20, 1)) == 4000
 
 
-def test_moves_are_as_many_as_independent_samples_are_missing(monkeypatch):
+def test_moves_are_as_many_as_repeated_samples_ask_for(monkeypatch):
     made = []
 
     def count(log_density, theta, num_moves):
@@ -160,14 +176,20 @@ def test_moves_are_as_many_as_independent_samples_are_missing(monkeypatch):
     equal.sample((1000,), x=X[:1])
     assert made == []  # equal weights
     # Elsewhere flow and proxy disagree.
-    uneven = RefinedPosterior(estimator, WIDE, 1.0, oversampling_factor=1, num_moves=50)
+    uneven = RefinedPosterior(
+        estimator, WIDE, 1.0, oversampling_factor=1, num_moves=100
+    )
     log_weights = sample_with_log_ratio(
         estimator.flow, estimator.proxy, 200_000, X[2:]
     )[1]
-    share = from_log_weights(log_weights).effective_sample_size.item() / 200_000
-    assert 0.2 < share < 0.8  # neither none of the moves nor all
+    share = repeated_share(log_weights, 200_000).item()
+    assert 0.1 < share < 0.8  # neither none of the moves nor all
     uneven.sample((10_000,), x=X[2:])
-    assert made.pop() == pytest.approx(50 * (1 - share), abs=3)
+    assert made.pop() == pytest.approx(100 * share**0.5, abs=3)
+    # None of a share that is small enough.
+    uneven.max_repeated = 0.9
+    uneven.sample((10_000,), x=X[2:])
+    assert made == []
 
 
 def test_every_observation_has_its_own_samples():
