@@ -1,0 +1,157 @@
+r"""What repeated samples cost: C2ST of the refined posterior with itself.
+
+    python -m tasks.studies.repetitions --out repetitions.csv --seeds 31
+    python -m tasks.studies.repetitions --out repetitions.csv --report
+
+The refined posterior resamples the flow. Where its weights are uneven it takes the same
+samples again and again, and parts them by Metropolis moves. Here samples are drawn at
+observations that were not trained on, and told by a classifier from others of the same
+posterior that are nearly independent: every third of three times as many, drawn with
+candidates and moves in plenty. 0.5 is the best there is, and what such samples reach
+among themselves.
+
+- as it is: by default;
+- without moves: `num_moves=0`;
+- two candidates: `oversampling_factor=2` and no moves, also where few samples are asked
+  for, which is resampling by itself.
+"""
+
+import argparse
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from sbi_jeffreys import JeffreysNPE, NoTracker, RefinedPosterior
+from sbi_jeffreys.metrics import c2st_many
+from tasks import TASKS, get_task
+from tasks.report import markdown_table
+from tasks.studies.rows import read_rows, run_missing
+
+NUM_OBSERVATIONS = 8
+NUM_SAMPLES = 2_000
+# As many samples of the flow, and moves, for each one of those that are nearly
+# independent.
+PLENTY = {"oversampling_factor": 20, "num_moves": 40}
+VARIANTS: dict[str, dict[str, int]] = {
+    "as it is": {},
+    "without moves": {"num_moves": 0},
+    "two candidates": {"oversampling_factor": 2, "num_moves": 0},
+}
+INDEPENDENT = "independent"
+
+
+def draw(posterior: RefinedPosterior, num_samples: int, x: Tensor) -> Tensor:
+    """Return samples of the posterior."""
+    return posterior.sample((num_samples,), x=x, show_progress_bars=False)
+
+
+def run(task_name: str, budget: int, seed: int) -> list[dict[str, Any]]:
+    """Train once, and return a row for each variant."""
+    task = get_task(task_name)
+    torch.manual_seed(9000 + seed)
+    theta = task.prior.sample((budget + NUM_OBSERVATIONS,))
+    x = task.simulator(theta)
+    inference = JeffreysNPE(task.prior, tracker=NoTracker(), show_progress_bars=False)
+    inference.append_simulations(theta[:budget], x[:budget])
+    samples: dict[str, list[tuple[Tensor, Tensor]]] = {
+        name: [] for name in (*VARIANTS, INDEPENDENT)
+    }
+    seconds = dict.fromkeys(samples, 0.0)
+    repeated = dict.fromkeys(samples, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        inference.train()
+        plenty = _posterior(inference, PLENTY)
+        for x_o in x[budget:].split(1):
+            many = draw(plenty, 3 * NUM_SAMPLES, x_o)
+            many = many[torch.randperm(len(many))]
+            reference, other = many[:NUM_SAMPLES], many[NUM_SAMPLES:][:NUM_SAMPLES]
+            samples[INDEPENDENT].append((reference, other))
+            for name, parameters in VARIANTS.items():
+                posterior = _posterior(inference, parameters)
+                if name == "two candidates":
+                    posterior.cheap_num_samples = 0
+                start = time.process_time()
+                drawn = draw(posterior, NUM_SAMPLES, x_o)
+                seconds[name] += (time.process_time() - start) / NUM_OBSERVATIONS
+                samples[name].append((reference, drawn))
+            for name, pairs in samples.items():
+                share = 1 - len(pairs[-1][1].unique(dim=0)) / NUM_SAMPLES
+                repeated[name] += share / NUM_OBSERVATIONS
+    return [
+        {
+            "task": task_name,
+            "budget": budget,
+            "seed": seed,
+            "variant": name,
+            "c2st": c2st_many(pairs).mean().item(),
+            "repeated": repeated[name],
+            "seconds": seconds[name],
+        }
+        for name, pairs in samples.items()
+    ]
+
+
+def _posterior(inference: JeffreysNPE, parameters: dict[str, Any]) -> RefinedPosterior:
+    posterior = inference.build_posterior(
+        sample_with="refined", refined_sampling_parameters=parameters
+    )
+    assert isinstance(posterior, RefinedPosterior)
+    return posterior
+
+
+def report(rows: pd.DataFrame) -> str:
+    """Return a Markdown table: C2ST of each variant, its repetitions and seconds."""
+    lines = []
+    for task, part in rows.groupby("task", sort=False):
+        means = part.pivot_table(["c2st", "repeated", "seconds"], "variant")
+        of_variant = means.to_dict("index")
+        cells = [f"{of_variant[INDEPENDENT]['c2st']:.3f}"]
+        for name in VARIANTS:
+            row = of_variant[name]
+            cells += [
+                f"{row['c2st']:.3f}",
+                f"{row['repeated']:.1%}",
+                f"{row['seconds']:.2f}",
+            ]
+        lines.append([f"`{task}`", *cells])
+    columns = [cell for name in VARIANTS for cell in (name, "repeated", "seconds")]
+    seeds = ", ".join(map(str, sorted(rows["seed"].unique())))
+    return (
+        f"{NUM_SAMPLES:,} samples at each of {NUM_OBSERVATIONS} observations, one "
+        f"training of 1,000 simulations for each seed ({seeds}): C2ST, the share of "
+        "samples that repeat others, and seconds of the processor for one "
+        "observation.\n\n"
+        + markdown_table(["task", "independent samples", *columns], lines)
+    )
+
+
+def main() -> None:
+    """Run what is not in the file yet, or report what is."""
+    parser = argparse.ArgumentParser(description="What repeated samples cost.")
+    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--budget", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[31])
+    parser.add_argument("--report", action="store_true", help="print the table only")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.report:
+        print(report(read_rows(arguments.out)))
+        return
+    keys = (
+        {"task": task, "budget": arguments.budget, "seed": seed}
+        for seed in arguments.seeds
+        for task in arguments.tasks
+    )
+    run_missing(arguments.out, keys, run)
+
+
+if __name__ == "__main__":
+    main()
