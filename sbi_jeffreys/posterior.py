@@ -407,7 +407,7 @@ class RefinedPosterior(NeuralPosterior):
 
     def _resample(self, sample_shape: torch.Size, x: Tensor) -> Tensor:
         num_samples = sample_shape.numel()
-        theta, log_weights = self._candidates(num_samples, x)
+        theta, log_weights, repeated = self._candidates(num_samples, x)
         if torch.isneginf(log_weights).all(0).any():
             raise RuntimeError(
                 "All samples of the flow lie outside the prior's support at this "
@@ -427,18 +427,18 @@ class RefinedPosterior(NeuralPosterior):
         chosen = systematic_resampling(log_weights, num_samples)
         index = chosen.unsqueeze(-1).expand(*chosen.shape, theta.shape[-1])
         samples = theta.gather(0, index)
-        repeated = repeated_share(log_weights, num_samples).max().item()
-        if repeated > self.max_repeated:
+        share = repeated.max().item()
+        if share > self.max_repeated:
             # All samples move: those that are repeated are no sample of the posterior.
             samples = metropolis_moves(
                 lambda points: self._log_density(points, x),
                 samples,
-                math.ceil(self.num_moves * math.sqrt(repeated)),
+                math.ceil(self.num_moves * math.sqrt(share)),
             )
         return samples.reshape(*sample_shape, len(x), *theta.shape[2:])
 
-    def _candidates(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return samples of the flow and their log weights.
+    def _candidates(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return samples of the flow, their log weights and `repeated_share`.
 
         Twice as many are drawn until hardly any has to be taken twice, or the most
         that may be drawn.
@@ -448,14 +448,13 @@ class RefinedPosterior(NeuralPosterior):
         # Of a few candidates the weights say little.
         first = max(num_samples * factor // 2, self.min_num_candidates)
         theta, log_weights = self._propose(first, x)
-        while len(theta) < most:
-            repeated = repeated_share(log_weights, num_samples)
-            if not (repeated > self.max_repeated).any():
-                break
+        repeated = repeated_share(log_weights, num_samples)
+        while len(theta) < most and (repeated > self.max_repeated).any():
             more = self._propose(min(len(theta), most - len(theta)), x)
             theta = torch.cat((theta, more[0]))
             log_weights = torch.cat((log_weights, more[1]))
-        return theta, log_weights
+            repeated = repeated_share(log_weights, num_samples)
+        return theta, log_weights, repeated
 
     @torch.no_grad()
     def _log_density(self, theta: Tensor, x: Tensor) -> Tensor:

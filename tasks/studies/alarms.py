@@ -19,11 +19,9 @@ observation: whether it is right is seen by the share of the parameters of 500 f
 simulations that lie in the flow's 90 % credible regions.
 """
 
-import argparse
 import math
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -31,9 +29,9 @@ import torch
 from torch import Tensor
 
 from sbi_jeffreys import JeffreysNPE, NoTracker, check_fit, compare_models
-from tasks import TASKS, get_task
+from tasks import get_task
 from tasks.report import markdown_table
-from tasks.studies.rows import read_rows, run_missing
+from tasks.studies.rows import run_trainings
 
 NUM_OBSERVATIONS = 100
 NUM_FRESH = 500
@@ -121,26 +119,5 @@ def _markdown(shares: pd.DataFrame) -> str:
     return markdown_table(list(map(str, shares.columns)), lines)
 
 
-def main() -> None:
-    """Run what is not in the file yet, or report what is."""
-    parser = argparse.ArgumentParser(description="How often check_fit objects.")
-    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--budget", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[31, 32])
-    parser.add_argument("--report", action="store_true", help="print the tables only")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.report:
-        print(report(read_rows(arguments.out)))
-        return
-    keys = (
-        {"task": task, "budget": arguments.budget, "seed": seed}
-        for seed in arguments.seeds
-        for task in arguments.tasks
-    )
-    run_missing(arguments.out, keys, run)
-
-
 if __name__ == "__main__":
-    main()
+    run_trainings("How often check_fit objects.", (31, 32), run, report)

@@ -6,7 +6,7 @@ r"""What repeated samples cost: C2ST of the refined posterior with itself.
 The refined posterior resamples the flow. Where its weights are uneven it takes the same
 samples again and again, and parts them by Metropolis moves. Here samples are drawn at
 observations that were not trained on, and told by a classifier from others of the same
-posterior that are nearly independent: every third of three times as many, drawn with
+posterior that are nearly independent: a random third of three times as many, drawn with
 candidates and moves in plenty. 0.5 is the best there is, and what such samples reach
 among themselves.
 
@@ -16,10 +16,8 @@ among themselves.
   for, which is resampling by itself.
 """
 
-import argparse
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -28,26 +26,24 @@ from torch import Tensor
 
 from sbi_jeffreys import JeffreysNPE, NoTracker, RefinedPosterior
 from sbi_jeffreys.metrics import c2st_many
-from tasks import TASKS, get_task
+from tasks import get_task
 from tasks.report import markdown_table
-from tasks.studies.rows import read_rows, run_missing
+from tasks.studies.rows import run_trainings
 
 NUM_OBSERVATIONS = 8
 NUM_SAMPLES = 2_000
-# As many samples of the flow, and moves, for each one of those that are nearly
-# independent.
+# For samples that are nearly independent.
 PLENTY = {"oversampling_factor": 20, "num_moves": 40}
 VARIANTS: dict[str, dict[str, int]] = {
     "as it is": {},
     "without moves": {"num_moves": 0},
-    "two candidates": {"oversampling_factor": 2, "num_moves": 0},
+    "two candidates": {
+        "oversampling_factor": 2,
+        "num_moves": 0,
+        "cheap_num_samples": 0,
+    },
 }
 INDEPENDENT = "independent"
-
-
-def draw(posterior: RefinedPosterior, num_samples: int, x: Tensor) -> Tensor:
-    """Return samples of the posterior."""
-    return posterior.sample((num_samples,), x=x, show_progress_bars=False)
 
 
 def run(task_name: str, budget: int, seed: int) -> list[dict[str, Any]]:
@@ -67,18 +63,16 @@ def run(task_name: str, budget: int, seed: int) -> list[dict[str, Any]]:
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         inference.train()
-        plenty = _posterior(inference, PLENTY)
+        plenty = _posterior(inference, **PLENTY)
         for x_o in x[budget:].split(1):
-            many = draw(plenty, 3 * NUM_SAMPLES, x_o)
+            many = plenty.sample((3 * NUM_SAMPLES,), x=x_o)
             many = many[torch.randperm(len(many))]
             reference, other = many[:NUM_SAMPLES], many[NUM_SAMPLES:][:NUM_SAMPLES]
             samples[INDEPENDENT].append((reference, other))
             for name, parameters in VARIANTS.items():
-                posterior = _posterior(inference, parameters)
-                if name == "two candidates":
-                    posterior.cheap_num_samples = 0
+                posterior = _posterior(inference, **parameters)
                 start = time.process_time()
-                drawn = draw(posterior, NUM_SAMPLES, x_o)
+                drawn = posterior.sample((NUM_SAMPLES,), x=x_o)
                 seconds[name] += (time.process_time() - start) / NUM_OBSERVATIONS
                 samples[name].append((reference, drawn))
             for name, pairs in samples.items():
@@ -98,60 +92,47 @@ def run(task_name: str, budget: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def _posterior(inference: JeffreysNPE, parameters: dict[str, Any]) -> RefinedPosterior:
+def _posterior(
+    inference: JeffreysNPE,
+    cheap_num_samples: int = RefinedPosterior.cheap_num_samples,
+    **parameters: int,
+) -> RefinedPosterior:
     posterior = inference.build_posterior(
         sample_with="refined", refined_sampling_parameters=parameters
     )
     assert isinstance(posterior, RefinedPosterior)
+    posterior.cheap_num_samples = cheap_num_samples
     return posterior
 
 
 def report(rows: pd.DataFrame) -> str:
-    """Return a Markdown table: C2ST of each variant, its repetitions and seconds."""
-    lines = []
-    for task, part in rows.groupby("task", sort=False):
-        means = part.pivot_table(["c2st", "repeated", "seconds"], "variant")
-        of_variant = means.to_dict("index")
-        cells = [f"{of_variant[INDEPENDENT]['c2st']:.3f}"]
-        for name in VARIANTS:
-            row = of_variant[name]
-            cells += [
-                f"{row['c2st']:.3f}",
-                f"{row['repeated']:.1%}",
-                f"{row['seconds']:.2f}",
-            ]
-        lines.append([f"`{task}`", *cells])
-    columns = [cell for name in VARIANTS for cell in (name, "repeated", "seconds")]
-    seeds = ", ".join(map(str, sorted(rows["seed"].unique())))
-    return (
-        f"{NUM_SAMPLES:,} samples at each of {NUM_OBSERVATIONS} observations, one "
-        f"training of 1,000 simulations for each seed ({seeds}): C2ST, the share of "
-        "samples that repeat others, and seconds of the processor for one "
-        "observation.\n\n"
-        + markdown_table(["task", "independent samples", *columns], lines)
-    )
-
-
-def main() -> None:
-    """Run what is not in the file yet, or report what is."""
-    parser = argparse.ArgumentParser(description="What repeated samples cost.")
-    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--budget", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[31])
-    parser.add_argument("--report", action="store_true", help="print the table only")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.report:
-        print(report(read_rows(arguments.out)))
-        return
-    keys = (
-        {"task": task, "budget": arguments.budget, "seed": seed}
-        for seed in arguments.seeds
-        for task in arguments.tasks
-    )
-    run_missing(arguments.out, keys, run)
+    """Return Markdown tables: C2ST of each variant, its repetitions and seconds."""
+    parts = []
+    for budget, of_budget in rows.groupby("budget"):
+        lines = []
+        for task, part in of_budget.groupby("task", sort=False):
+            means = part.pivot_table(["c2st", "repeated", "seconds"], "variant")
+            of_variant = means.to_dict("index")
+            cells = [f"{of_variant[INDEPENDENT]['c2st']:.3f}"]
+            for name in VARIANTS:
+                row = of_variant[name]
+                cells += [
+                    f"{row['c2st']:.3f}",
+                    f"{row['repeated']:.1%}",
+                    f"{row['seconds']:.2f}",
+                ]
+            lines.append([f"`{task}`", *cells])
+        columns = [cell for name in VARIANTS for cell in (name, "repeated", "seconds")]
+        seeds = ", ".join(map(str, sorted(of_budget["seed"].unique())))
+        parts.append(
+            f"{NUM_SAMPLES:,} samples at each of {NUM_OBSERVATIONS} observations, one "
+            f"training of {budget:,} simulations for each seed ({seeds}): C2ST, the "
+            "share of samples that repeat others, and seconds of the processor for one "
+            "observation.\n\n"
+            + markdown_table(["task", "independent samples", *columns], lines)
+        )
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":
-    main()
+    run_trainings("What repeated samples cost.", (31,), run, report)

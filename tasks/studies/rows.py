@@ -1,11 +1,14 @@
 """The rows of a study in one CSV file, which a later run goes on with."""
 
-from collections.abc import Callable, Iterable
+import argparse
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
+from tasks import TASKS
 from tasks.results import Row, write_whole
 
 
@@ -32,3 +35,38 @@ def run_missing(
         rows = pd.concat([rows, new], ignore_index=True)
         write_whole(path, rows.to_csv(index=False))
         print(new.to_string(index=False, header=False), flush=True)
+
+
+def run_trainings(
+    description: str,
+    seeds: Sequence[int],
+    run: Callable[[str, int, int], list[dict[str, Any]]],
+    report: Callable[[pd.DataFrame], str],
+) -> None:
+    """Be the command of a study with one training for each task, budget and seed.
+
+    It runs what is not in its file yet, or reports what is.
+
+    Args:
+        description: What the study is about, in a line.
+        seeds: Those that are run if none are named.
+        run: Returns the rows of a task, a budget and a seed.
+        report: Returns the rows as Markdown.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--budget", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--report", action="store_true", help="print the tables only")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.report:
+        print(report(read_rows(arguments.out)))
+        return
+    keys = (
+        {"task": task, "budget": arguments.budget, "seed": seed}
+        for seed in arguments.seeds
+        for task in arguments.tasks
+    )
+    run_missing(arguments.out, keys, run)
