@@ -14,11 +14,25 @@ importance sampling is needed.
 Likelihood-Free Inference", ICML 2019.
 """
 
+from typing import Callable, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
 from sbi_jeffreys.energy import ConditionalEnergy
+
+
+class AtomicLosses(NamedTuple):
+    """The losses of both models where parameters come from a proposal.
+
+    Attributes:
+        of_flow: sbi's, of parameters, outputs and whether parameters are of the prior.
+        of_proxy: `atomic_proxy_loss`, of parameters and outputs.
+    """
+
+    of_flow: Callable[[Tensor, Tensor, Tensor], Tensor]
+    of_proxy: Callable[[Tensor, Tensor], Tensor]
 
 
 def atomic_proxy_loss(

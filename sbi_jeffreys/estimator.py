@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.flow import sample_and_log_prob
+from sbi_jeffreys.likelihood import SurrogateLikelihoods
+from sbi_jeffreys.pooled_energy import PooledEnergy
 
 
 class JeffreysEstimator(ConditionalDensityEstimator):
@@ -50,6 +52,16 @@ class JeffreysEstimator(ConditionalDensityEstimator):
         """Whether flow and proxy have parameters in common: an embedding net."""
         of_flow = {id(parameter) for parameter in self.flow.parameters()}
         return any(id(parameter) in of_flow for parameter in self.proxy.parameters())
+
+    @property
+    def models(self) -> Tuple[ConditionalDensityEstimator, ConditionalEnergy]:
+        """The flow and the proxy."""
+        return self.flow, self.proxy
+
+    @property
+    def likelihoods(self) -> Optional[SurrogateLikelihoods]:
+        """The surrogates of the likelihood, `None` where the proxy has none."""
+        return self.proxy.likelihoods if isinstance(self.proxy, PooledEnergy) else None
 
     @property
     def exponent(self) -> float:

@@ -33,7 +33,7 @@ from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from sbi_jeffreys.atomic import atomic_proxy_loss
+from sbi_jeffreys.atomic import AtomicLosses, atomic_proxy_loss
 from sbi_jeffreys.autoregressive import invert_in_one_pass
 from sbi_jeffreys.averaging import WeightAverage
 from sbi_jeffreys.base_scale import fit_scale, give_scale, scaled_bases
@@ -51,14 +51,12 @@ from sbi_jeffreys.epoch_metrics import (
 )
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.flow import check_has_rsample
-from sbi_jeffreys.likelihood import SurrogateLikelihoods
+from sbi_jeffreys.losses import REVERSE_INTERVAL, VALIDATION_CHUNK, Batch, Losses
 from sbi_jeffreys.objective import (
     Divergences,
     JeffreysObjective,
-    Proposals,
-    ProxySamples,
 )
-from sbi_jeffreys.partition import LogPartition, log_mixture
+from sbi_jeffreys.partition import log_mixture
 from sbi_jeffreys.persistence import (
     PER_TRAINING,
     Checkpoint,
@@ -97,8 +95,6 @@ from sbi_jeffreys.weights import (
 
 # Simulations on which the proxy is validated.
 NUM_VALIDATION_SIMULATIONS = 500
-# Of the samples of the proxy that the flow learns from, so many are used in a step.
-NUM_PROXY_SAMPLES_PER_STEP = 2
 # Epochs in which the surrogates learn: they would go on to improve, ever more slowly.
 # With many simulations so many steps are enough, but not fewer epochs than these.
 MAX_LIKELIHOOD_EPOCHS = 200
@@ -109,10 +105,6 @@ MIN_LIKELIHOOD_EPOCHS = 50
 # many simulations have many steps, and are told apart by many simulations.
 PATIENCE_STEPS = 400
 MIN_PATIENCE = 5
-# The flow takes its step of the reverse divergence, with an inversion and two slopes
-# the dearest of all, in every second batch, twice as long.
-REVERSE_INTERVAL = 2
-NUM_REVERSE_VALIDATION_SAMPLES = 4
 Preset = Literal["accurate", "fast"]
 NUM_FAST_SAMPLES = 8
 # Density estimators of sbi's without differentiable samples, refused when built.
@@ -122,9 +114,6 @@ LEARNING_RATE = 2e-3
 # Epochs over which weights are averaged, in steps of the optimiser. Longer averages lag
 # behind and are stopped before they have caught up.
 NUM_AVERAGED_EPOCHS = 5
-# Validation simulations at which samples are drawn, or the proxy's factors taken, at
-# once, which bounds the memory.
-VALIDATION_CHUNK = 100
 # `_best` holds surrogates of the likelihood under this name and their index.
 LIKELIHOOD_PREFIX = "likelihood "
 # Times in a row that an epoch is tried again after it turned NaN or infinite.
@@ -175,7 +164,7 @@ class JeffreysNPE(NPE):
 
     _average: WeightAverage
     _parameters: Dict[Module, List[Parameter]]
-    _standing_losses: Optional[Tensor]
+    _losses: Losses
 
     def __init__(
         self,
@@ -435,6 +424,7 @@ class JeffreysNPE(NPE):
         if self._last_epoch is not None and not self._finished:
             # A training that had not ended. What its end would have done:
             self._restore_best()
+            self._losses = self._make_losses(LossArgsNPE(calibration_kernel=_ones))
             self._fit_scale_of_flow()
             with keeping_random_state(self._device):
                 stage, proxy = Stage(self._last_epoch["stage"]), self._estimator.proxy
@@ -630,14 +620,14 @@ class JeffreysNPE(NPE):
         self._num_retries = 0
         self._num_batches = len(train_loader)
         self._stop_after_epochs = train_config.stop_after_epochs
-        self._validation = val_loader, loss_args
-        self._standing_losses = None
+        self._validation_loader = val_loader
         self._estimator.to(self._device)  # sbi does so later; averages stay where made
         self._average = WeightAverage(
             self._estimator, max(1, NUM_AVERAGED_EPOCHS * len(train_loader))
         )
         # To look for them among the modules takes longer than many a step's work.
-        self._parameters = {model: [*model.parameters()] for model in self._models}
+        models = self._estimator.models
+        self._parameters = {model: [*model.parameters()] for model in models}
         # sbi restores this state at the end of training; `_restore_best` then loads
         # each model's own.
         self._best_model_state_dict = self._estimator.state_dict()
@@ -654,6 +644,8 @@ class JeffreysNPE(NPE):
             self._num_skipped_steps = 0
             self._last_epoch = None
             self._weights.start_round()
+        assert isinstance(loss_args, LossArgsNPE)
+        self._losses = self._make_losses(loss_args)
         num_epochs = len(self._summary["validation_loss"])
         num_trainings = len(self._summary["epochs_trained"])
         while True:
@@ -757,7 +749,7 @@ class JeffreysNPE(NPE):
             ) from error
         failed, failed_stage = self._candidate, self._stage
         restore(self, state)
-        self._standing_losses = None
+        self._losses.forget_standing()
         num_epochs = state["epoch"]
         if isinstance(error, KeyboardInterrupt):
             return f"Training was interrupted after {num_epochs} epochs."
@@ -813,6 +805,51 @@ class JeffreysNPE(NPE):
         self._last_epoch = None
         self._finished = True
 
+    def _make_losses(self, loss_args: LossArgsNPE) -> Losses:
+        """Return the losses of a training, of the round that it is of."""
+        atomic = None
+        if self._round > 0 and not loss_args.force_first_round_loss:
+            atomic = AtomicLosses(
+                lambda theta, x, masks: (
+                    -self._log_prob_proposal_posterior(
+                        theta,
+                        x,
+                        masks,
+                        loss_args.proposal,  # type: ignore[arg-type]
+                    )
+                ),
+                lambda theta, x: atomic_proxy_loss(
+                    self._estimator.proxy, self._prior, theta, x, self._num_atoms
+                ),
+            )
+        assert loss_args.calibration_kernel is not None  # sbi sets one of ones
+        return Losses(
+            self._estimator,
+            self.objective,
+            self._samples,
+            self._device,
+            self._simulations_of,
+            loss_args.calibration_kernel,
+            atomic,
+            # Atoms are told apart in whole batches.
+            num_judged=None if self._round > 0 else NUM_VALIDATION_SIMULATIONS,
+        )
+
+    def _simulations_of(self, part: Part) -> Tuple[Tensor, Tensor]:
+        """Return the parameters and outputs of the simulations of a part."""
+        indices = self.train_indices if part == "training" else self.val_indices
+        theta, x, _ = self.get_simulations(self._starting_round)
+        return theta[indices], x[indices]
+
+    def _batch(self, tensors: Sequence[Tensor], part: Part) -> Batch:
+        """Return what a loader of `get_dataloaders` gives as a batch.
+
+        Loaders with keywords of the user's do not say which simulations they give.
+        """
+        theta, x, masks = (tensor.to(self._device) for tensor in tensors[:3])
+        position = self._position[tensors[3]] if len(tensors) > 3 else None
+        return Batch(theta, x, masks, part, position)
+
     def _train_epoch(
         self,
         train_loader: DataLoader,
@@ -830,18 +867,15 @@ class JeffreysNPE(NPE):
                 group["fused"] = True
         means = []
         first = epoch_of_stage * len(train_loader)
-        for step, batch in enumerate(train_loader, start=first):
-            if self._stage is Stage.DISTILLATION:
-                divergences, of_models = self._divergences_of_flow(
-                    batch, train_loader, loss_args, step % REVERSE_INTERVAL == 0
-                )
-            else:
-                divergences = self._divergences(batch, train_loader, loss_args)
-                of_models = 0.0
+        for step, tensors in enumerate(train_loader, start=first):
+            batch = self._batch(tensors, "training")
+            divergences, of_models = self._divergences(
+                batch, step % REVERSE_INTERVAL == 0
+            )
             if divergences.forward_kl is not None:
                 assert_all_finite(divergences.forward_kl, "JeffreysNPE loss")
             lagrangian = self._lagrangian(divergences) + of_models
-            kernel = self._calibration(batch[1].to(self._device), loss_args)
+            kernel = self._losses.kernel(batch.x)
             if self._step((kernel * lagrangian).mean(), clip_max_norm):
                 self._average.update()
             else:  # one bad batch must not cost the network
@@ -852,60 +886,37 @@ class JeffreysNPE(NPE):
         return epoch_means[0]
 
     def _divergences(
-        self, batch: Sequence[Tensor], loader: DataLoader, loss_args: Optional[LossArgs]
-    ) -> Divergences:
-        """Return the divergences that the models lower which learn in this stage."""
-        forward_kl = None
-        if self._stage.trains_flow:
-            forward_kl = self._forward_kl(batch, loss_args)
-        divergences = Divergences()
+        self, batch: Batch, with_reverse_kl: bool
+    ) -> Tuple[Divergences, Union[Tensor, float]]:
+        """Return the divergences that the models lower which learn in this stage.
+
+        Args:
+            batch: The simulations.
+            with_reverse_kl: Whether a flow that follows the proxy takes its step of
+                the reverse divergence.
+
+        Returns:
+            The divergences, and those of the models from each other that the flow
+            lowers, weighted.
+        """
+        losses = self._losses
+        if self._stage is Stage.DISTILLATION:
+            return losses.of_following_flow(batch, self._flow_weight, with_reverse_kl)
+        if self._stage is Stage.PROXY:
+            return losses.of_proxy(batch), 0.0
         if self._stage is Stage.LIKELIHOOD:
-            divergences.likelihood_loss = self._likelihood_loss(batch)
-        if self._stage.trains_proxy:
-            proposals = self._proposals_at(batch, loader)
-            divergences = self._proxy_divergences(batch, proposals, loss_args)
-        divergences.forward_kl = forward_kl
-        return divergences
-
-    def _proxy_divergences(
-        self,
-        batch: Sequence[Tensor],
-        proposals: Proposals,
-        loss_args: Optional[LossArgs],
-    ) -> Divergences:
-        """Return the divergences of a batch that the proxy lowers."""
-        proxy = self._estimator.proxy
-        theta, x = batch[0].to(self._device), batch[1].to(self._device)
-        reverse_kl, proxy_forward_kl, log_partition = self.objective.proxy_divergences(
-            proxy, theta, x, proposals
-        )
-        if self._has_atomic_loss(loss_args):
-            proxy_forward_kl = atomic_proxy_loss(
-                proxy, self._prior, theta, x, self._num_atoms
-            )
-        return Divergences(None, reverse_kl, proxy_forward_kl, log_partition)
-
-    def _likelihood_loss(self, batch: Sequence[Tensor]) -> Tensor:
-        r"""Return $-\sum_k \log \ell_k(x \mid \theta)$ over what still improves."""
-        theta, x = batch[0].to(self._device), batch[1].to(self._device)
-        likelihoods = self._likelihoods
-        assert likelihoods is not None
-        losses = [likelihoods.loss(theta, x, k) for k in self._improving_likelihoods]
-        return torch.stack(losses).sum(0)
-
-    @property
-    def _likelihoods(self) -> Optional[SurrogateLikelihoods]:
-        """The surrogates of the likelihood, `None` where the proxy has none."""
-        proxy = self._estimator.proxy
-        return proxy.likelihoods if isinstance(proxy, PooledEnergy) else None
+            loss = losses.of_likelihoods(batch, self._improving_likelihoods)
+            return Divergences(likelihood_loss=loss), 0.0
+        return Divergences(losses.of_flow(batch)), 0.0
 
     @property
     def _improving_likelihoods(self) -> List[int]:
         """The surrogates that have improved lately, or are too new to tell."""
-        assert self._likelihoods is not None
+        likelihoods = self._estimator.likelihoods
+        assert likelihoods is not None
         return [
             k
-            for k in range(len(self._likelihoods))
+            for k in range(len(likelihoods))
             if self.epoch - self._last_improvement(_likelihood_name(k))
             <= self._patience
         ]
@@ -932,30 +943,11 @@ class JeffreysNPE(NPE):
         before = self._stage_start - 1
         return max(before, self._best[name].epoch) if name in self._best else before
 
-    def _forward_kl(
-        self, batch: Sequence[Tensor], loss_args: Optional[LossArgs]
-    ) -> Tensor:
-        theta, x, masks = (part.to(self._device) for part in batch[:3])
-        if not self._has_atomic_loss(loss_args):
-            return self._estimator.flow.loss(theta, x)
-        assert isinstance(loss_args, LossArgsNPE)
-        return -self._log_prob_proposal_posterior(
-            theta,
-            x,
-            masks,
-            loss_args.proposal,  # type: ignore[arg-type]
-        )
-
-    def _has_atomic_loss(self, loss_args: Optional[LossArgs]) -> bool:
-        """Return whether parameters come from a proposal other than the prior."""
-        assert isinstance(loss_args, LossArgsNPE)
-        return self._round > 0 and not loss_args.force_first_round_loss
-
     @property
     def _stages(self) -> List[Stage]:
         """The stages of a training in which the proxy learns."""
         left_out = {Stage.DISTILLATION} if self.preset == "fast" else set()
-        if self._likelihoods is None:
+        if self._estimator.likelihoods is None:
             left_out.add(Stage.LIKELIHOOD)
         return [stage for stage in Stage if stage not in left_out]
 
@@ -981,7 +973,8 @@ class JeffreysNPE(NPE):
         if divergences.likelihood_loss is not None:
             return divergences.likelihood_loss
         dual_variables = self._weights.dual_variables.tolist()
-        if self._stage is Stage.DISTILLATION and self._likelihoods is not None:
+        has_likelihoods = self._estimator.likelihoods is not None
+        if self._stage is Stage.DISTILLATION and has_likelihoods:
             # The network has learnt from the simulations what the flow has; the
             # surrogates of the likelihood have learnt more.
             dual_variables[0] *= self._weights.forward_share
@@ -998,38 +991,6 @@ class JeffreysNPE(NPE):
     def _flow_weight(self) -> float:
         """The weight of the divergence from the proxy that the flow lowers."""
         return self._weights.dual_variables[1].item() * self._weights.flow_share
-
-    def _divergences_of_flow(
-        self,
-        batch: Sequence[Tensor],
-        loader: DataLoader,
-        loss_args: Optional[LossArgs],
-        with_reverse_kl: bool,
-    ) -> Tuple[Divergences, Tensor]:
-        """Return what the flow lowers in the last stage.
-
-        Returns:
-            The divergence from the simulations, and those of the models from each
-            other, weighted.
-        """
-        flow, objective = self._estimator.flow, self.objective
-        if self._flow_weight == 0:
-            forward_kl = self._forward_kl(batch, loss_args)
-            return Divergences(forward_kl), torch.zeros_like(forward_kl)
-        theta, x = batch[0].to(self._device), batch[1].to(self._device)
-        samples = self._proxy_samples_at(batch, loader)
-        drawn = samples.subset(NUM_PROXY_SAMPLES_PER_STEP)
-        if self._has_atomic_loss(loss_args):
-            forward_kl = self._forward_kl(batch, loss_args)
-            of_models = objective.forward_kl_to_proxy(flow, x, drawn)
-        else:
-            forward_kl, of_models = objective.forward_kls_of_flow(flow, theta, x, drawn)
-        if with_reverse_kl:
-            reverse_kl = objective.reverse_kl_of_flow(
-                flow, self._estimator.proxy, x, samples.log_partition
-            )
-            of_models = of_models + REVERSE_INTERVAL * reverse_kl
-        return Divergences(forward_kl), self._flow_weight * of_models
 
     def _step(self, loss: Tensor, clip_max_norm: Optional[float]) -> bool:
         """Take one optimiser step, with the gradients of each network clipped.
@@ -1052,91 +1013,54 @@ class JeffreysNPE(NPE):
         self.optimizer.step()
         return True
 
-    def _proposals_at(
-        self, batch: Sequence[Tensor], loader: DataLoader, part: Part = "training"
-    ) -> Proposals:
-        """Return the proposal samples at the conditions of a batch.
-
-        Batches of a loader with keywords of the user's do not say which simulations
-        they hold; samples at theirs are drawn anew.
-        """
-        if len(batch) < 4:
-            return self.objective.propose(*self._models, batch[1].to(self._device))
-        index, x = self._position[batch[3]], partial(self._outputs, loader, part)
-        return self._samples.proposals_at(self._models, part, index, x)
-
-    def _proxy_samples_at(
-        self, batch: Sequence[Tensor], loader: DataLoader, part: Part = "training"
-    ) -> ProxySamples:
-        """Return samples of the proxy at the conditions of a batch.
-
-        Of which simulations is known as in `_proposals_at`.
-        """
-        if len(batch) < 4:
-            return self._samples.draw_proxy_samples(self._models, batch[1], part)
-        index, x = self._position[batch[3]], partial(self._outputs, loader, part)
-        return self._samples.proxy_samples_at(self._models, part, index, x)
-
-    def _outputs(self, loader: DataLoader, part: Part) -> Tensor:
-        """Return the outputs of the simulations that samples are kept for."""
-        indices = self.train_indices
-        if part == "validation":
-            # Not more of them than the divergences are taken of.
-            end = NUM_VALIDATION_SIMULATIONS if self._round == 0 else None
-            indices = self.val_indices[:end]
-        return loader.dataset.tensors[1][indices]  # type: ignore[attr-defined]
-
-    def _calibration(self, x: Tensor, loss_args: Optional[LossArgs]) -> Tensor:
-        """Return the calibration kernel's weights; sbi sets a kernel of ones."""
-        assert isinstance(loss_args, LossArgsNPE)
-        assert loss_args.calibration_kernel is not None
-        return loss_args.calibration_kernel(x)
-
     def _validate_epoch(
         self, val_loader: DataLoader, loss_args: Optional[LossArgs]
     ) -> float:
         with self._average.applied():
-            return self._validate(val_loader, loss_args)
+            return self._validate(val_loader)
 
-    def _validate(self, val_loader: DataLoader, loss_args: Optional[LossArgs]) -> float:
+    @torch.no_grad()
+    def _validate(self, val_loader: DataLoader) -> float:
         """Return the flow's validation loss, and keep the model if it is the best."""
-        losses: List[Tensor] = []
+        of_flow: List[Tensor] = []
         parts: List[Divergences] = []
         kernels: List[Tensor] = []
         distances: List[Tensor] = []
-        likelihood_losses: List[Tensor] = []
-        with torch.no_grad():
-            for batch in val_loader:
-                kernel = self._calibration(batch[1].to(self._device), loss_args)
-                forward_kl = self._flow_validation_losses(batch, loss_args)
-                losses.append(kernel * forward_kl)
-                if self._stage is Stage.LIKELIHOOD:
-                    likelihood_losses.append(kernel * self._likelihood_losses(batch))
-                if self._stage in (Stage.FLOW, Stage.LIKELIHOOD):
-                    continue
-                judged = self._judged(batch)
-                if not judged.any():
-                    continue
-                batch = [part[judged] for part in batch]
-                kernel = kernel[judged]
-                if self._stage is Stage.DISTILLATION:
-                    divergences, to_proxy = self._flow_validation(
-                        batch, val_loader, loss_args
-                    )
-                    distances.append(kernel * to_proxy)
-                else:
-                    divergences = self._proxy_validation(batch, val_loader, loss_args)
-                divergences.forward_kl = forward_kl[judged]
-                parts.append(divergences)
-                kernels.append(kernel)
-        val_loss = torch.cat(losses).mean().item()
+        of_likelihoods: List[Tensor] = []
+        losses = self._losses
+        flow_stands_still = self._estimator.flow in self._standing_still
+        for tensors in val_loader:
+            batch = self._batch(tensors, "validation")
+            kernel = losses.kernel(batch.x)
+            if flow_stands_still:
+                forward_kl = losses.of_standing_flow(batch)
+            else:
+                forward_kl = losses.of_flow(batch)
+            of_flow.append(kernel * forward_kl)
+            if self._stage is Stage.LIKELIHOOD:
+                of_likelihoods.append(kernel * losses.of_every_likelihood(batch))
+            if self._stage in (Stage.FLOW, Stage.LIKELIHOOD):
+                continue
+            judged = losses.is_judged(batch)
+            if not judged.any():
+                continue
+            batch, kernel = batch.at(judged), kernel[judged]
+            if self._stage is Stage.DISTILLATION:
+                divergences, to_proxy = losses.of_judged_flow(batch)
+                distances.append(kernel * to_proxy)
+            else:
+                divergences = losses.of_judged_proxy(batch)
+            divergences.forward_kl = forward_kl[judged]
+            parts.append(divergences)
+            kernels.append(kernel)
+        val_loss = torch.cat(of_flow).mean().item()
         if parts:
             self._record_validation(parts, kernels)
         else:
             self._epoch_metrics.update(dict.fromkeys(VALIDATION_METRICS, math.nan))
             self._epoch_metrics["validation_forward_kl"] = val_loss
-        if likelihood_losses:
-            self._keep_best_likelihoods(torch.cat(likelihood_losses, 1).mean(1))
+        if of_likelihoods:
+            self._keep_best_likelihoods(torch.cat(of_likelihoods, 1).mean(1))
         if self._stage.trains_flow:
             distance = torch.cat(distances).mean().item() if distances else 0.0
             self._keep_best("flow", val_loss + self._proxy_share * distance, val_loss)
@@ -1149,52 +1073,6 @@ class JeffreysNPE(NPE):
         self._epoch_metrics["trust"] = self._weights.trust
         return val_loss
 
-    def _flow_validation_losses(
-        self, batch: Sequence[Tensor], loss_args: Optional[LossArgs]
-    ) -> Tensor:
-        """Return the flow's losses on a batch of validation simulations.
-
-        While it stands still they are taken once. Atoms are others in every epoch.
-        """
-        stands_still = self._estimator.flow in self._standing_still
-        if not stands_still or len(batch) < 4 or self._has_atomic_loss(loss_args):
-            return self._forward_kl(batch, loss_args)
-        if self._standing_losses is None:
-            self._standing_losses = self._flow_losses_on_validation()
-        return self._standing_losses[self._position[batch[3]]]
-
-    def _proxy_validation_losses(
-        self,
-        batch: Sequence[Tensor],
-        log_partition: Tensor,
-        loss_args: Optional[LossArgs],
-    ) -> Tensor:
-        """Return the losses of the proxy that stands still, as those of the flow."""
-        theta, x = batch[0].to(self._device), batch[1].to(self._device)
-        if self._has_atomic_loss(loss_args):
-            return atomic_proxy_loss(
-                self._estimator.proxy, self._prior, theta, x, self._num_atoms
-            )
-        if len(batch) < 4 or self._round > 0:
-            return self._proxy_losses(theta, x, log_partition)
-        if self._standing_losses is None:
-            samples = self._samples.proxy_samples["validation"]
-            self._standing_losses = self._proxy_losses(
-                *self._validation_simulations(), samples.log_partition
-            )
-        return self._standing_losses[self._position[batch[3]]]
-
-    def _proxy_losses(self, theta: Tensor, x: Tensor, log_partition: Tensor) -> Tensor:
-        proxy = self._estimator.proxy
-        log_q = proxy.base.extended_log_prob(theta) + proxy(theta[None], x)[0]
-        return log_partition - log_q
-
-    def _likelihood_losses(self, batch: Sequence[Tensor]) -> Tensor:
-        r"""Return $-\log \ell_k(x \mid \theta)$ of all surrogates, `(K, batch_dim)`."""
-        theta, x = batch[0].to(self._device), batch[1].to(self._device)
-        assert self._likelihoods is not None
-        return -self._likelihoods(theta.unsqueeze(0), x)[:, 0]
-
     def _keep_best_likelihoods(self, losses: Tensor) -> None:
         """Keep every surrogate of the likelihood that is better than before."""
         self._epoch_metrics["validation_likelihood_loss"] = losses.mean().item()
@@ -1205,52 +1083,9 @@ class JeffreysNPE(NPE):
         """Return the model that `_best` has under this name."""
         if name in ("flow", "proxy"):
             return getattr(self._estimator, name)
-        assert self._likelihoods is not None
-        return self._likelihoods.members[int(name.removeprefix(LIKELIHOOD_PREFIX))]
-
-    def _judged(self, batch: Sequence[Tensor]) -> Tensor:
-        """Return which simulations of a batch the proxy is validated on."""
-        if len(batch) < 4 or self._round > 0:  # atoms are told apart in whole batches
-            return torch.ones(len(batch[0]), dtype=torch.bool)
-        return self._position[batch[3]] < NUM_VALIDATION_SIMULATIONS
-
-    def _proxy_validation(
-        self, batch: Sequence[Tensor], loader: DataLoader, loss_args: Optional[LossArgs]
-    ) -> Divergences:
-        """Return the divergences of the proxy on a batch of validation simulations."""
-        proposals = self._proposals_at(batch, loader, "validation")
-        divergences = self._proxy_divergences(batch, proposals, loss_args)
-        forward_kl = divergences.proxy_forward_kl
-        log_partition = divergences.log_partition
-        if not self._has_atomic_loss(loss_args):
-            assert forward_kl is not None and log_partition is not None
-            divergences.proxy_forward_kl = (
-                forward_kl + log_partition.debiased - log_partition.value
-            )
-        return divergences
-
-    def _flow_validation(
-        self, batch: Sequence[Tensor], loader: DataLoader, loss_args: Optional[LossArgs]
-    ) -> Tuple[Divergences, Tensor]:
-        """Return the divergences on validation simulations as the flow follows.
-
-        Returns:
-            The divergences, and `KL(q || p)`.
-        """
-        (flow, proxy), objective = self._models, self.objective
-        x = batch[1].to(self._device)
-        samples = self._proxy_samples_at(batch, loader, "validation")
-        log_z = samples.log_partition
-        num_samples = VALIDATION_MULTIPLE * (
-            objective.num_flow_samples + objective.num_reference_samples
-        )
-        divergences = Divergences(
-            None,
-            objective.reverse_kl(flow, proxy, x, log_z, NUM_REVERSE_VALIDATION_SAMPLES),
-            self._proxy_validation_losses(batch, log_z, loss_args),
-            LogPartition(log_z, samples.effective_sample_size, num_samples),
-        )
-        return divergences, objective.forward_kl_to_proxy(flow, x, samples)
+        likelihoods = self._estimator.likelihoods
+        assert likelihoods is not None
+        return likelihoods.members[int(name.removeprefix(LIKELIHOOD_PREFIX))]
 
     def _record_validation(
         self, parts: List[Divergences], kernels: List[Tensor]
@@ -1294,11 +1129,11 @@ class JeffreysNPE(NPE):
                 getattr(self._estimator, name).load_state_dict(self._best[name].state)
         self._restore_best_likelihoods()
         if self._stage is Stage.FLOW:
-            self._fit_scale_of_flow(self._validation[1])
+            self._fit_scale_of_flow()
         if self._stage is Stage.PROXY:
             self._judge_proxy_afresh()
         self._stage, self._stage_start = following, self.epoch
-        self._standing_losses = None
+        self._losses.forget_standing()
         self._is_new = False
         self.optimizer.state.clear()
         self._average.restart()
@@ -1314,31 +1149,21 @@ class JeffreysNPE(NPE):
             if self._proxy_share > 0:  # else the flows are compared as before
                 del self._best["flow"]
 
-    def _fit_scale_of_flow(self, loss_args: Optional[LossArgs] = None) -> None:
-        """Let the best flow be as wide as validation simulations ask it to be.
-
-        Args:
-            loss_args: Those of the training, if they are known.
-        """
+    def _fit_scale_of_flow(self) -> None:
+        """Let the best flow be as wide as validation simulations ask it to be."""
+        flow, losses = self._estimator.flow, self._losses
         has_proxy = bool(self._weights.dual_variables[1:].any())
-        is_proposal = self._round > 0
-        if loss_args is not None:
-            is_proposal = self._has_atomic_loss(loss_args)
         # Without a proxy it is NPE's. Parameters from a proposal are not spread as the
         # posterior; the flow then keeps the scale of the rounds before.
-        flow = self._estimator.flow
-        if not has_proxy or is_proposal or not scaled_bases(flow):
+        if not has_proxy or losses.atomic is not None or not scaled_bases(flow):
             return
         flow.eval()
         theta, x = self._validation_simulations()
-        kernel = torch.ones(len(x), device=x.device)
-        if loss_args is not None:
-            kernel = self._calibration(x, loss_args)
         before = scaled_bases(flow)[0].scale.item()
         try:
-            if fit_scale(flow, theta, x, kernel) == before:
+            if fit_scale(flow, theta, x, losses.kernel(x)) == before:
                 return
-            loss_now = self._flow_loss_on_validation(loss_args)
+            loss_now = losses.mean_of_flow_on_validation()
         except NUMERICAL_ERRORS:
             flow.load_state_dict(self._best["flow"].state)
             return
@@ -1347,28 +1172,6 @@ class JeffreysNPE(NPE):
             state=copy_of_state(flow),
             loss=loss_now,
         )
-
-    @torch.no_grad()
-    def _flow_losses_on_validation(self) -> Tensor:
-        """Return the losses of the flow at all validation simulations, in order."""
-        theta, x, _ = self.get_simulations(self._starting_round)
-        losses = [
-            self._estimator.flow.loss(
-                theta[index].to(self._device), x[index].to(self._device)
-            )
-            for index in torch.as_tensor(self.val_indices).split(VALIDATION_CHUNK)
-        ]
-        return torch.cat(losses)
-
-    def _flow_loss_on_validation(self, loss_args: Optional[LossArgs]) -> float:
-        """Return the mean loss of the flow over all validation simulations."""
-        losses = self._flow_losses_on_validation()
-        if loss_args is not None:
-            _, x, _ = self.get_simulations(self._starting_round)
-            chunks = x[self.val_indices].split(VALIDATION_CHUNK)
-            kernels = [self._calibration(c.to(self._device), loss_args) for c in chunks]
-            losses = torch.cat(kernels) * losses
-        return losses.mean().item()
 
     def _judge_proxy_afresh(self) -> None:
         """Weigh the factors of the best proxy, and judge it, with other samples.
@@ -1384,7 +1187,7 @@ class JeffreysNPE(NPE):
         try:
             if isinstance(proxy, PooledEnergy):
                 self._choose_weights(proxy)
-            self._validate(*self._validation)
+            self._validate(self._validation_loader)
             judged = self._best["proxy"]
             self._best["proxy"] = judged._replace(epoch=best.epoch)
         except NUMERICAL_ERRORS as err:  # must not cost the networks
@@ -1408,7 +1211,7 @@ class JeffreysNPE(NPE):
             log_base = proxy.base.log_prob(points) - log_prior.reshape(points.shape[:2])
         else:
             proposals = self._samples.draw_proposals(
-                self._models, x, VALIDATION_MULTIPLE
+                self._estimator.models, x, VALIDATION_MULTIPLE
             )
             self._samples.proposals["validation"] = proposals
             points = torch.cat((theta.unsqueeze(0), proposals.theta))
@@ -1538,7 +1341,7 @@ class JeffreysNPE(NPE):
 
     def _check_epoch(self) -> None:
         """Raise if the epoch was no good start for another."""
-        for name, model in zip(("flow", "proxy"), self._models, strict=True):
+        for name, model in zip(("flow", "proxy"), self._estimator.models, strict=True):
             learns = model not in self._standing_still
             if learns and not all_finite(model):
                 raise NonFiniteError(f"The {name} has NaN or infinite parameters.")
@@ -1551,7 +1354,7 @@ class JeffreysNPE(NPE):
 
     def _summarize(self, round_: int) -> None:
         self._restore_best()
-        self._fit_scale_of_flow(self._validation[1])
+        self._fit_scale_of_flow()
         # sbi's is the lowest of any flow's, not that of the flow which is kept.
         self._summary["best_validation_loss"][-1] = self._best["flow"].loss
         offset = sum(self._summary["epochs_trained"][:-1])
@@ -1601,9 +1404,11 @@ class JeffreysNPE(NPE):
 
     def _validation_simulations(self) -> Tuple[Tensor, Tensor]:
         """Return the simulations that the proxy is validated on."""
-        indices = self.val_indices[:NUM_VALIDATION_SIMULATIONS]
-        theta, x, _ = self.get_simulations(self._starting_round)
-        return theta[indices].to(self._device), x[indices].to(self._device)
+        theta, x = (
+            part[:NUM_VALIDATION_SIMULATIONS].to(self._device)
+            for part in self._simulations_of("validation")
+        )
+        return theta, x
 
     def _choose_exponent(self) -> float:
         """Return the exponent of the refined posterior, see `choose_exponent`."""
@@ -1650,11 +1455,6 @@ class JeffreysNPE(NPE):
                 )
 
     @property
-    def _models(self) -> Tuple[ConditionalDensityEstimator, ConditionalEnergy]:
-        """The flow and the proxy."""
-        return self._estimator.flow, self._estimator.proxy
-
-    @property
     def _estimator(self) -> JeffreysEstimator:
         assert isinstance(self._neural_net, JeffreysEstimator)
         return self._neural_net
@@ -1678,8 +1478,8 @@ class JeffreysNPE(NPE):
         state.update(_checkpoint=None, _before_training=None)
         state.pop("_average", None)
         state.pop("_parameters", None)
-        state.pop("_validation", None)
-        state.pop("_standing_losses", None)
+        state.pop("_validation_loader", None)
+        state.pop("_losses", None)
         return state
 
 
@@ -1698,6 +1498,10 @@ def _as_weights(weights: Union[str, Weights]) -> Weights:
             f"{weights!r}."
         )
     return named[weights]()
+
+
+def _ones(x: Tensor) -> Tensor:
+    return torch.ones(len(x), device=x.device)
 
 
 def _cannot_be_sampled(error: Exception, consequence: str) -> str:

@@ -34,6 +34,7 @@ from sbi_jeffreys import (
     energy_nn,
 )
 from sbi_jeffreys.energy import ConditionalEnergy, EnergyNet
+from sbi_jeffreys.losses import Losses
 from sbi_jeffreys.sample_sets import SampleSets
 from sbi_jeffreys.stages import Stage
 
@@ -591,7 +592,10 @@ STAGES = [
     (JeffreysNPE, "_build_estimator"),
     (JeffreysNPE, "_train_epoch"),
     (JeffreysNPE, "_step"),
-    (JeffreysNPE, "_proposals_at"),
+    (Losses, "of_flow"),
+    (Losses, "of_likelihoods"),
+    (Losses, "of_proxy"),
+    (Losses, "of_following_flow"),
     (JeffreysNPE, "_validate_epoch"),
     (JeffreysNPE, "_keep_best"),
     (JeffreysNPE, "_keep_best_likelihoods"),
@@ -603,7 +607,8 @@ STAGES = [
     (JeffreysNPE, "_restore_best"),
     (JeffreysNPE, "_choose_exponent"),
     (JeffreysNPE, "_start_next_stage"),
-    (JeffreysNPE, "_proxy_samples_at"),
+    (Losses, "of_judged_proxy"),
+    (Losses, "of_judged_flow"),
     (SampleSets, "renew"),
     (SampleSets, "draw_proposals"),
     (SampleSets, "draw_proxy_samples"),

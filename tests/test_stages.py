@@ -26,6 +26,7 @@ from sbi_jeffreys import (
     sample_sets,
     trainer,
 )
+from sbi_jeffreys.losses import Losses
 from sbi_jeffreys.plots import plot_training
 from sbi_jeffreys.pooled_energy import PooledEnergy
 from sbi_jeffreys.residual_flow import ResidualFlow
@@ -356,7 +357,7 @@ def test_losses_are_of_both_models_as_they_are_in_every_epoch(shared):
     @torch.no_grad()
     def validate_and_compare(*args):
         loss = validate(*args)
-        flow, proxy = inference._models
+        flow, proxy = inference._estimator.models
         theta, x, _ = inference.get_simulations()
         theta, x = theta[inference.val_indices], x[inference.val_indices]
         metrics = inference._epoch_metrics
@@ -540,7 +541,7 @@ def test_trust_is_measured_with_the_best_proxy():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_flow_is_chosen_by_both_its_losses_when_it_follows(shared):
+def test_the_flow_is_chosen_by_both_its_losses_when_it_follows(shared, monkeypatch):
     class Devoted(FixedWeights):
         """The flow is asked for the distance to the proxy more than for all else."""
 
@@ -552,14 +553,14 @@ def test_the_flow_is_chosen_by_both_its_losses_when_it_follows(shared):
     # Which flow is kept is asked here, not how wide it then becomes.
     inference._fit_scale_of_flow = lambda *args: None
     states, distances = record(inference), []
-    validation = inference._flow_validation
+    of_judged_flow = Losses.of_judged_flow
 
-    def recording_validation(*args):
-        result = validation(*args)
+    def recording(losses, batch):
+        result = of_judged_flow(losses, batch)
         distances.append(result[1].mean().item())
         return result
 
-    inference._flow_validation = recording_validation
+    monkeypatch.setattr(Losses, "of_judged_flow", recording)
     first = 20 if shared else 30  # of the last stage
     estimator = train(inference, first + 10, learning_rate=5e-2, stop_after_epochs=100)
     losses = inference.summary["validation_loss"]
@@ -605,19 +606,19 @@ def test_every_second_step_of_the_last_stage_has_the_reverse_divergence(
     energy = energy_nn(8, 1, likelihood="none")
     inference = make(weights="fixed", energy_estimator=energy)
     asked, taken = [], []
-    of_flow = inference._divergences_of_flow
+    of_flow = Losses.of_following_flow
     reverse_kl_of_flow = inference.objective.reverse_kl_of_flow
 
-    def recording(batch, loader, loss_args, with_reverse_kl):
+    def recording(losses, batch, weight, with_reverse_kl):
         asked.append((inference.epoch, with_reverse_kl))
         taken.append(0)
-        return of_flow(batch, loader, loss_args, with_reverse_kl)
+        return of_flow(losses, batch, weight, with_reverse_kl)
 
     def counting(*args):
         taken[-1] += 1
         return reverse_kl_of_flow(*args)
 
-    inference._divergences_of_flow = recording
+    monkeypatch.setattr(Losses, "of_following_flow", recording)
     monkeypatch.setattr(inference.objective, "reverse_kl_of_flow", counting)
     train(inference, 15, training_batch_size=batch_size)
     epochs = epochs_of("distillation", inference.summary["stage"])

@@ -20,7 +20,6 @@ from helpers import (
     values_of,
 )
 from sbi.inference import NPE, DirectPosterior, MCMCPosterior, simulate_for_sbi
-from sbi.inference.trainers._contracts import LossArgsNPE
 from sbi.neural_nets import posterior_nn
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from sbi.utils import BoxUniform, RestrictedPrior
@@ -684,8 +683,10 @@ def test_the_flow_that_follows_has_the_gradient_of_both_divergences():
         inference._samples.proxy_samples = {}
         gradients = [
             flat_gradient(
-                inference._divergences_of_flow(
-                    batch, loader, LossArgsNPE(), with_reverse
+                inference._losses.of_following_flow(
+                    inference._batch(batch, "training"),
+                    inference._flow_weight,
+                    with_reverse,
                 )[1].mean(),
                 flow,
             )
