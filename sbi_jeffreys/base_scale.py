@@ -4,14 +4,17 @@ A flow that has learnt from few simulations is sure of more than it knows: the n
 $z = T^{-1}(\theta; x)$ of parameters that it was not trained with spreads wider than
 the standard normal distribution that it should have, and its regions are too narrow.
 One number mends most of that: the scale $s$ of the base distribution
-$\mathcal{N}(0, s^2 I)$. It is Huber's [1]: the $s$ with
+$\mathcal{N}(0, s^2 I)$. Huber's [1] is the $\hat s$ with
 
-.. math:: \frac1N \sum_{j=1}^N \min(|z_j|^2 / s^2, c) =
+.. math:: \frac1N \sum_{j=1}^N \min(|z_j|^2 / \hat s^2, c) =
     \mathbb{E}_{\chi^2_d}[\min(\cdot, c)], \qquad c = d + 2 \sqrt{2 d}
 
 over $N$ validation simulations in $d$ dimensions. Regions of usual size then hold what
-they should. Maximum likelihood, $s^2 = \sum_j |z_j|^2 / (N d)$, would make all
-posteriors wide for the sake of a few simulations.
+they should. Maximum likelihood, $\hat s^2 = \sum_j |z_j|^2 / (N d)$, would make all
+posteriors wide for the sake of a few simulations. Of few simulations little is known,
+and a flow is never narrower than with the standard normal distribution:
+
+.. math:: s^2 = \max\left(1, \frac{N d \, \hat s^2 + 20}{N d + 20}\right)
 
 [1] P. Huber, "Robust Estimation of a Location Parameter", Annals of Mathematical
 Statistics 35, 1964 (Proposal 2).
@@ -69,15 +72,15 @@ def fit_scale(
 ) -> float:
     r"""Set the scale of the flow's base distribution, and return it.
 
-    A flow is made wider, never narrower. The epoch that is kept is the one whose
-    validation loss was lowest, by chance too; and a narrower flow that loses less
-    mass beyond a prior's bounds is not for that nearer to the posterior within.
+    Below one it is not: the epoch that is kept is the one whose validation loss was
+    lowest, by chance too; and a narrower flow that loses less mass beyond a prior's
+    bounds is not for that nearer to the posterior within.
 
     Args:
         flow: The flow, in evaluation mode. One without a scale is left as it is.
         theta: Parameters of validation simulations, `(batch_dim, *input_shape)`.
         x: Their outputs, of shape `(batch_dim, *condition_shape)`.
-        kernel: Weights of the simulations, `(batch_dim,)`.
+        kernel: Weights of the simulations, `(batch_dim,)`, in any unit.
 
     Returns:
         The scale $s$. It stays what it is if a density is not finite.
@@ -98,7 +101,9 @@ def fit_scale(
         _set(bases, before)
     squares = 4 * (log_probs[1] - log_probs[0]) + 2 * num_parameters * math.log(2)
     variance = _robust_variance(squares.clamp_min(0), kernel.double(), num_parameters)
-    num_values = num_parameters * kernel.sum().item()
+    # So many simulations of equal weight tell as much.
+    num_simulations = kernel.sum().square() / kernel.square().sum()
+    num_values = num_parameters * num_simulations.item()
     variance = (num_values * variance + NUM_PRIOR_VALUES) / (
         num_values + NUM_PRIOR_VALUES
     )

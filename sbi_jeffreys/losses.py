@@ -29,7 +29,8 @@ NUM_PROXY_SAMPLES_PER_STEP = 2
 # the dearest of all, in every second batch, twice as long.
 REVERSE_INTERVAL = 2
 NUM_REVERSE_VALIDATION_SAMPLES = 4
-# Validation simulations at which densities are taken at once, which bounds the memory.
+# Validation simulations at which the flow's densities are taken at once, as these may
+# be very many.
 VALIDATION_CHUNK = 100
 
 
@@ -61,7 +62,9 @@ class Batch(NamedTuple):
 
 @dataclass
 class Losses:
-    r"""The losses of the models of a training, every one of shape `(batch_dim,)`.
+    r"""The losses of the models of a training.
+
+    Of a batch they have the shape `(batch_dim,)`, if nothing else is said.
 
     Attributes:
         estimator: Flow and proxy.
@@ -83,11 +86,12 @@ class Losses:
     kernel: Callable[[Tensor], Tensor]
     atomic: Optional[AtomicLosses]
     num_judged: Optional[int]
-    _of_standing: Optional[Tensor] = field(default=None, init=False)
+    _standing_flow: Optional[Tensor] = field(default=None, init=False)
+    _standing_proxy: Optional[Tensor] = field(default=None, init=False)
 
     def forget_standing(self) -> None:
-        """Forget what is known of a model that stood still."""
-        self._of_standing = None
+        """Forget the losses of models that stood still."""
+        self._standing_flow = self._standing_proxy = None
 
     # ------------------------------------------------------------------ in training
 
@@ -168,13 +172,16 @@ class Losses:
         """
         if batch.position is None or self.atomic is not None:
             return self.of_flow(batch)
-        if self._of_standing is None:
-            self._of_standing = self.of_flow_on_validation()
-        return self._of_standing[batch.position]
+        if self._standing_flow is None:
+            self._standing_flow = self.of_flow_on_validation()
+        return self._standing_flow[batch.position]
 
     @torch.no_grad()
     def of_flow_on_validation(self) -> Tensor:
-        r"""Return $-\log p(\theta \mid x)$ at all validation simulations, in order."""
+        r"""Return $-\log p(\theta \mid x)$ at all validation simulations.
+
+        In their order, of shape `(num_validation_simulations,)`.
+        """
         theta, x = self.simulations("validation")
         chunks = zip(
             theta.split(VALIDATION_CHUNK), x.split(VALIDATION_CHUNK), strict=True
@@ -232,14 +239,14 @@ class Losses:
             return self.atomic.of_proxy(batch.theta, batch.x)
         if batch.position is None or self.num_judged is None:
             return self._of_proxy_given(log_partition, batch.theta, batch.x)
-        if self._of_standing is None:
+        if self._standing_proxy is None:
             theta, x = self.simulations("validation")
-            self._of_standing = self._of_proxy_given(
+            self._standing_proxy = self._of_proxy_given(
                 self.samples.proxy_samples["validation"].log_partition,
                 theta[: self.num_judged].to(self.device),
                 x[: self.num_judged].to(self.device),
             )
-        return self._of_standing[batch.position]
+        return self._standing_proxy[batch.position]
 
     def _of_proxy_given(
         self, log_partition: Tensor, theta: Tensor, x: Tensor

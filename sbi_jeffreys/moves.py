@@ -2,8 +2,10 @@ r"""Metropolis moves that spread resampled samples.
 
 Resampling by importance weights repeats samples where the weights are uneven. A few
 steps of a Markov chain with the target as its stationary distribution move the repeats
-apart and leave the distribution as it is [1]. The steps are differences of two other
-samples [2], and so have the scale, the correlations and the modes of the target.
+apart and leave the distribution as it is [1]. The steps are differences of two samples
+of a pool [2], as of the proposal, and so have its scale, correlations and modes. The
+pool does not follow the samples: differences of few samples to each other, as in [2],
+whose pool is renewed, draw them together.
 
 [1] W. Gilks and C. Berzuini, "Following a moving target: Monte Carlo inference for
 dynamic Bayesian models", JRSS B 2001.
@@ -12,7 +14,7 @@ Differential Evolution", Statistics and Computing 2006.
 """
 
 import math
-from typing import Callable, Optional
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -22,13 +24,13 @@ def metropolis_moves(
     log_density: Callable[[Tensor], Tensor],
     theta: Tensor,
     num_moves: int,
-    pool: Optional[Tensor] = None,
+    pool: Tensor,
 ) -> Tensor:
     r"""Return samples after a number of Metropolis steps.
 
     .. math:: \theta' = \theta + \gamma \, (\theta_a - \theta_b)
 
-    with $a$ and $b$ drawn among samples that do not change, so that a step and its
+    with $a$ and $b$ drawn from the pool, which does not change, so that a step and its
     reverse are equally probable. The scale $\gamma$ is $2.38 / \sqrt{2 d}$ in turn
     with a quarter of it, and one, which leads from mode to mode, in every fifth step.
 
@@ -38,14 +40,12 @@ def metropolis_moves(
         theta: Samples of shape `(num_samples, batch_dim, num_parameters)`.
         num_moves: Number of steps of every sample.
         pool: Samples whose differences are the steps, of shape
-            `(num_pool, batch_dim, num_parameters)`; `theta` if not given. Where few of
-            those are different, as after resampling, their differences leave out
-            directions.
+            `(num_pool, batch_dim, num_parameters)`: many more, and different, than
+            would notice whether one of them is where a sample began.
 
     Returns:
         Samples of the shape of `theta`.
     """
-    pool = theta if pool is None else pool
     num_samples, batch_dim, dim = theta.shape
     scale = 2.38 / math.sqrt(2 * dim)
     current = log_density(theta)

@@ -188,15 +188,16 @@ class RefinedPosterior(NeuralPosterior):
         prior: The prior; samples outside its support are left out.
         exponent: The exponent $\beta$; that of the estimator if not given.
         oversampling_factor: Number of samples drawn from the flow for each one kept
-            at most, and half as many where hardly any of these has to be taken twice;
-            `min_num_candidates` in all at least. A call for fewer samples than
-            `cheap_num_samples`, in all observations, may draw as many as one for so
-            many.
+            at most, and half as many where hardly any of these has to be taken twice.
+            A call for fewer samples than `cheap_num_samples`, in all observations, may
+            draw as many as one for so many, and one for less than `min_num_samples` at
+            an observation draws as many as one for these.
         num_moves: Number of Metropolis moves $m$ of every sample where nearly all are
             repetitions; $\lceil m \sqrt{\rho} \rceil$ where a share $\rho$ of them
             is, as two copies part slowly however few there are, and none below
             `max_repeated`.
-        max_sampling_batch_size: Number of samples of the flow drawn at a time.
+        max_sampling_batch_size: Number of samples of the flow drawn, or moved, at a
+            time.
         device: Device of the estimator, found out if not given.
 
     Raises:
@@ -207,9 +208,9 @@ class RefinedPosterior(NeuralPosterior):
 
     #: Below this share of the samples the weights are said to have collapsed.
     min_relative_ess = 0.02
-    #: Samples drawn from the flow at least: one of four candidates, however weighted,
-    #: is still nearly a sample of the flow.
-    min_num_candidates = 100
+    #: Fewer samples are drawn with as much care as so many: one of four candidates,
+    #: however weighted, is still nearly a sample of the flow.
+    min_num_samples = 100
     #: The samples of the flow for so many samples take about a second.
     cheap_num_samples = 10_000
     #: Share of repeated samples that is left as it is. A classifier, as that of C2ST,
@@ -424,18 +425,42 @@ class RefinedPosterior(NeuralPosterior):
                 "flow's samples without weights.",
                 stacklevel=3,
             )
-        chosen = systematic_resampling(log_weights, num_samples)
-        index = chosen.unsqueeze(-1).expand(*chosen.shape, theta.shape[-1])
-        samples = theta.gather(0, index)
-        share = repeated.max().item()
-        if share > self.max_repeated:
-            # All samples move: those that are repeated are no sample of the posterior.
-            samples = metropolis_moves(
-                lambda points: self._log_density(points, x),
-                samples,
-                math.ceil(self.num_moves * math.sqrt(share)),
+        samples = _take(theta, systematic_resampling(log_weights, num_samples))
+        uneven = repeated > self.max_repeated
+        if uneven.any():
+            # Of these all samples move: those repeated are no sample of the posterior.
+            samples[:, uneven] = self._move(
+                samples[:, uneven],
+                x[uneven],
+                theta[:, uneven],
+                torch.isneginf(log_weights[:, uneven]),
+                math.ceil(self.num_moves * math.sqrt(repeated.max().item())),
             )
         return samples.reshape(*sample_shape, len(x), *theta.shape[2:])
+
+    def _move(
+        self,
+        samples: Tensor,
+        x: Tensor,
+        candidates: Tensor,
+        is_outside: Tensor,
+        num_moves: int,
+    ) -> Tensor:
+        """Return samples after Metropolis moves by differences of the flow's samples.
+
+        Differences of the resampled ones, each among them itself, would draw few
+        samples together.
+        """
+        inside = torch.zeros(is_outside.shape, device=x.device)
+        inside = inside.masked_fill(is_outside, -torch.inf)
+        pool = _take(candidates, systematic_resampling(inside, len(candidates)))
+        num_rows = max(1, self.max_sampling_batch_size // len(x))
+
+        def log_density(theta: Tensor) -> Tensor:
+            parts = theta.split(num_rows)
+            return torch.cat([self._log_density(part, x) for part in parts])
+
+        return metropolis_moves(log_density, samples, num_moves, pool)
 
     def _candidates(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return samples of the flow, their log weights and `repeated_share`.
@@ -444,9 +469,11 @@ class RefinedPosterior(NeuralPosterior):
         that may be drawn.
         """
         factor = self.oversampling_factor
+        # A single sample never repeats another, however uneven the weights that it was
+        # drawn by: few are drawn from as many, and moved as often, as some would be.
+        num_samples = max(num_samples, self.min_num_samples)
         most = factor * max(num_samples, self.cheap_num_samples // len(x))
-        # Of a few candidates the weights say little.
-        first = max(num_samples * factor // 2, self.min_num_candidates)
+        first = max(1, num_samples * factor // 2)
         theta, log_weights = self._propose(first, x)
         repeated = repeated_share(log_weights, num_samples)
         while len(theta) < most and (repeated > self.max_repeated).any():
@@ -481,10 +508,16 @@ def repeated_share(log_weights: Tensor, num_samples: int) -> Tensor:
         num_samples: Number of samples $n$ to draw.
 
     Returns:
-        Of shape `(batch_dim,)`.
+        Of shape `(batch_dim,)`; one where no candidate has a weight.
     """
     taken = num_samples * torch.softmax(log_weights.double(), 0)
-    return (taken - 1).clamp_min(0).sum(0) / max(num_samples, 1)
+    share = (taken - 1).clamp_min(0).sum(0) / max(num_samples, 1)
+    return share.nan_to_num(nan=1.0)
+
+
+def _take(theta: Tensor, index: Tensor) -> Tensor:
+    """Return the samples `index`, `(num_samples, batch_dim)`, of each observation."""
+    return theta.gather(0, index.unsqueeze(-1).expand(*index.shape, theta.shape[-1]))
 
 
 def systematic_resampling(log_weights: Tensor, num_samples: int) -> Tensor:

@@ -422,7 +422,8 @@ class JeffreysNPE(NPE):
             )
         from_content(self, content)
         if self._last_epoch is not None and not self._finished:
-            # A training that had not ended. What its end would have done:
+            # A training that had not ended. What its end would have done, if it had
+            # sbi's defaults: of a calibration kernel, which is code, nothing is known.
             self._restore_best()
             self._losses = self._make_losses(LossArgsNPE(calibration_kernel=_ones))
             self._fit_scale_of_flow()

@@ -6,6 +6,7 @@ import torch
 
 from sbi_jeffreys import JeffreysNPE
 from tasks.studies import alarms
+from tasks.studies.rows import run_trainings
 
 
 def test_observations_are_what_they_are_called():
@@ -48,6 +49,14 @@ def test_shares_are_means_over_the_seeds():
     assert ["**mean**", "10.0%", "100.0%", "–"] in cells
     assert "4 trainings with 2 seed(s)" in text and "good ones is 25%" in text
     assert ["far", "50.0%", "10.0%", "0.0%"] in cells
+
+
+def test_without_rows_there_is_no_report(tmp_path, monkeypatch, capsys):
+    command = ["alarms", "--out", str(tmp_path / "rows.csv"), "--report"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit):
+        run_trainings("Alarms.", (31,), alarms.run, alarms.report)
+    assert "rows.csv has no rows; run it without --report" in capsys.readouterr().err
 
 
 @pytest.mark.slow

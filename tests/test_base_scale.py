@@ -109,6 +109,19 @@ def test_simulations_without_weight_do_not_count():
     assert scale == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.parametrize("unit", [1e-4, 100.0])
+def test_the_unit_of_the_kernel_does_not_matter(unit):
+    flow, x = flow_of("maf", num=100)
+    give_scale(flow)
+    base_of(flow).scale.fill_(1.5)
+    with torch.no_grad():
+        theta = flow.sample(torch.Size((1,)), x)[0]
+    kernel = torch.rand(100)
+    scale = fit_scale(flow, theta, x, kernel)
+    assert scale > 1.1
+    assert fit_scale(flow, theta, x, unit * kernel) == pytest.approx(scale, rel=1e-5)
+
+
 def test_densities_that_are_not_finite_leave_it_as_it_was():
     flow, x = flow_of("maf", num=100)
     give_scale(flow)

@@ -114,9 +114,9 @@ def test_no_more_of_the_flow_is_sampled_than_its_weights_need(monkeypatch):
     share = RefinedPosterior(gaussian_estimator(), WIDE, 1.0).effective_sample_size(X)
     assert (share < 5000).any()
     assert num_drawn(1.0, 4000, X) == 16_000
-    # A few candidates are no ground for saying what they are worth.
-    least = RefinedPosterior.min_num_candidates
-    assert num_drawn(0.0, 1) == num_drawn(0.0, 30) == least
+    # A few samples are drawn as some are.
+    least = RefinedPosterior.min_num_samples
+    assert num_drawn(0.0, 1) == num_drawn(0.0, 30) == num_drawn(0.0, least) == 200
 
 
 def test_share_of_repeated_samples():
@@ -124,6 +124,7 @@ def test_share_of_repeated_samples():
     assert repeated_share(log_weights, 3).tolist() == pytest.approx([0, 2 / 3])
     assert repeated_share(log_weights, 6).tolist() == pytest.approx([0.5, 5 / 6])
     assert repeated_share(log_weights, 0).tolist() == [0, 0]
+    assert repeated_share(torch.full((3, 1), -torch.inf), 2).tolist() == [1]
     # In the mean over its one random number, resampling repeats as many.
     torch.manual_seed(0)
     log_weights = 2 * torch.randn(500, 1)
@@ -166,9 +167,9 @@ def test_few_samples_have_as_many_of_the_flow_as_many_have(monkeypatch):
 def test_moves_are_as_many_as_repeated_samples_ask_for(monkeypatch):
     made = []
 
-    def count(log_density, theta, num_moves):
+    def count(log_density, theta, num_moves, pool):
         made.append(num_moves)
-        return metropolis_moves(log_density, theta, num_moves)
+        return metropolis_moves(log_density, theta, num_moves, pool)
 
     monkeypatch.setattr("sbi_jeffreys.posterior.metropolis_moves", count)
     estimator = gaussian_estimator()
@@ -190,6 +191,81 @@ def test_moves_are_as_many_as_repeated_samples_ask_for(monkeypatch):
     uneven.max_repeated = 0.9
     uneven.sample((10_000,), x=X[2:])
     assert made == []
+
+
+def ten_dimensional():
+    """Return a posterior of N(0.4, 0.36 I) by a flow that says N(0, I), and itself."""
+    flow = LinearGaussianFlow(torch.zeros(10, 1), torch.zeros(10), torch.eye(10))
+    net = QuadraticEnergy(
+        torch.zeros(10, 1), torch.full((10,), 0.4), torch.eye(10) / 0.6, shift=0.0
+    )
+    wide = MultivariateNormal(torch.zeros(10), 100 * torch.eye(10))
+    posterior = RefinedPosterior(JeffreysEstimator(flow, gaussian_proxy(net)), wide, 1)
+    return posterior, MultivariateNormal(torch.full((10,), 0.4), 0.36 * torch.eye(10))
+
+
+@pytest.mark.parametrize(("num_samples", "num_calls"), [(1, 2000), (5, 400), (50, 40)])
+def test_few_samples_at_many_observations_are_as_wide_as_many(num_samples, num_calls):
+    posterior, target = ten_dimensional()
+    torch.manual_seed(0)
+    samples = posterior.sample_batched((num_samples,), torch.zeros(num_calls, 1))
+    squares = (samples - target.mean).square().mean(-1) / 0.36
+    # Samples of an observation have candidates in common: its mean counts as one.
+    of_calls = squares.mean(0)
+    error = of_calls.std().item() / num_calls**0.5
+    # Moved by differences of themselves, five would be at 0.66.
+    assert squares.mean().item() == pytest.approx(1, abs=4 * error)
+    assert error < 0.02
+
+
+def test_a_single_sample_is_as_good_as_many():
+    posterior, target = ten_dimensional()
+    torch.manual_seed(0)
+    x = torch.zeros(1, 1)
+    samples = torch.stack([posterior.sample((), x=x) for _ in range(150)])
+    assert_samples_of(samples, target, 150)
+
+
+def test_only_uneven_observations_move_and_a_batch_at_a_time(monkeypatch):
+    asked, moved = [], []
+    log_density = RefinedPosterior._log_density
+
+    def record(self, theta, x):
+        asked.append(theta.shape[:2].numel())
+        return log_density(self, theta, x)
+
+    def count(log_density, theta, num_moves, pool):
+        moved.append(theta.shape[1])
+        return metropolis_moves(log_density, theta, num_moves, pool)
+
+    monkeypatch.setattr(RefinedPosterior, "_log_density", record)
+    monkeypatch.setattr("sbi_jeffreys.posterior.metropolis_moves", count)
+    posterior = RefinedPosterior(
+        gaussian_estimator(), WIDE, 1.0, max_sampling_batch_size=500
+    )
+    # Flow and proxy agree at the second and the third.
+    x = torch.tensor([[-1.5], [0.5], [1.0], [-2.0]])
+    torch.manual_seed(0)
+    samples = posterior.sample_batched((2000,), x)
+    assert moved == [2]
+    assert max(asked) <= 500 and sum(asked) >= 2 * 2000 * 2
+    for index in range(4):
+        target = refined(posterior.posterior_estimator, x[index], 1.0)
+        # Of the last, the candidates are worth about so many.
+        assert_samples_of(samples[:, index], target, 200)
+
+
+@pytest.mark.filterwarnings("ignore:The importance weights have collapsed")
+def test_a_prior_that_hardly_a_sample_of_the_flow_lies_in():
+    estimator = gaussian_estimator()
+    torch.manual_seed(0)
+    flow = estimator.flow.sample(torch.Size((100_000,)), X[:1])[:, 0, 0]
+    edge = flow.quantile(0.997).item()
+    prior = BoxUniform(torch.tensor([edge, -50.0]), 50 * torch.ones(2))
+    posterior = RefinedPosterior(estimator, prior, 0.0)
+    # Among the first two hundred there is often none.
+    for _ in range(20):
+        assert (posterior.sample((3,), x=X[:1])[:, 0] >= edge).all()
 
 
 def test_every_observation_has_its_own_samples():

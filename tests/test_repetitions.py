@@ -46,6 +46,6 @@ def test_resampling_by_itself_repeats_most(monkeypatch):
     monkeypatch.setattr(repetitions, "PLENTY", {})
     rows = pd.DataFrame(repetitions.run("slcp", 200, 1)).set_index("variant")
     repeated = rows.pop("repeated")
-    others = repeated.drop("two candidates")
-    assert repeated["two candidates"] > 0.05 > 2 * others.max()
+    others = repeated.drop("resampling alone")
+    assert repeated["resampling alone"] > 0.05 > 2 * others.max()
     assert rows["c2st"].between(0.3, 1).all()

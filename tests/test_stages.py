@@ -168,7 +168,7 @@ def test_fast_leaves_the_flow_to_the_simulations(resumed):
         PRIOR, tracker=NoTracker(), show_progress_bars=False, preset="fast"
     )
     # Which flow is kept is asked here, not how wide it then becomes.
-    inference._fit_scale_of_flow = lambda *args: None
+    inference._fit_scale_of_flow = lambda: None
     if resumed:
         interrupt_before(inference, 9)
     states = record(inference)
@@ -551,7 +551,7 @@ def test_the_flow_is_chosen_by_both_its_losses_when_it_follows(shared, monkeypat
 
     inference = make(shared, weights=Devoted())
     # Which flow is kept is asked here, not how wide it then becomes.
-    inference._fit_scale_of_flow = lambda *args: None
+    inference._fit_scale_of_flow = lambda: None
     states, distances = record(inference), []
     of_judged_flow = Losses.of_judged_flow
 

@@ -351,7 +351,7 @@ def test_summary_and_tracker_carry_every_epoch():
 def test_the_best_networks_are_returned():
     inference = make()
     # Which flow is kept is asked here, not how wide it then becomes.
-    inference._fit_scale_of_flow = lambda *args: None
+    inference._fit_scale_of_flow = lambda: None
     # Overfitting on purpose: in no stage is the best epoch the last.
     estimator = train(
         inference,
@@ -400,7 +400,7 @@ def test_the_best_networks_are_returned():
 def test_training_stops_when_no_model_improves():
     inference = make()
     # Which flow is kept is asked here, not how wide it then becomes.
-    inference._fit_scale_of_flow = lambda *args: None
+    inference._fit_scale_of_flow = lambda: None
     train(
         inference,
         num=100,

@@ -83,7 +83,7 @@ def _without_likelihoods(
 class UnscaledJeffreysNPE(JeffreysNPE):
     """`JeffreysNPE` whose flow keeps the base distribution that it has learnt with."""
 
-    def _fit_scale_of_flow(self, *args: Any) -> None:
+    def _fit_scale_of_flow(self) -> None:
         pass
 
 

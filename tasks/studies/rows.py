@@ -62,7 +62,10 @@ def run_trainings(
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.report:
-        print(report(read_rows(arguments.out)))
+        rows = read_rows(arguments.out)
+        if rows.empty:
+            parser.error(f"{arguments.out} has no rows; run it without --report first.")
+        print(report(rows))
         return
     keys = (
         {"task": task, "budget": arguments.budget, "seed": seed}
