@@ -35,27 +35,28 @@ class Features(nn.Module):
     mean: Tensor
     scale: Tensor
     continuous: Tensor
-    knots: Tensor
+    quantiles: Tensor
     scores: Tensor
 
     def __init__(self, x: Tensor, outputs: Optional[Tensor] = None) -> None:
         super().__init__()
         self.register_buffer("outputs", outputs)
         flat = self._flatten(x[:MAX_SIMULATIONS])
-        mean = flat.nanmean(0).nan_to_num()
-        self.register_buffer("mean", mean)
-        variance = (flat - mean).square().nanmean(0).nan_to_num()
+        # Squares of what single precision holds may be more than it holds.
+        mean = flat.double().nanmean(0).nan_to_num()
+        self.register_buffer("mean", mean.float())
+        scale = (flat - mean).square().nanmean(0).nan_to_num().sqrt().float()
         # Constant outputs carry rounding errors only.
         floor = 1e-6 * flat.nan_to_num().abs().amax(0)
-        scale = variance.sqrt()
         self.register_buffer("scale", torch.where(scale > floor, scale, 1.0))
         index = is_continuous(flat).nonzero().flatten()
         self.register_buffer("continuous", index)
-        columns = self._standard(flat).T
         table = torch.empty(2, len(index), NUM_KNOTS).to(flat)
-        for row, values in enumerate(columns[index]):
+        # Not of the standard scores: where one output is far out, those of all others
+        # are the same number.
+        for row, values in enumerate(flat.T[index]):
             table[0, row], table[1, row] = _normal_scores(values)
-        self.register_buffer("knots", table[0].contiguous())
+        self.register_buffer("quantiles", table[0].contiguous())
         self.register_buffer("scores", table[1].contiguous())
 
     @property
@@ -71,8 +72,9 @@ class Features(nn.Module):
         Args:
             x: Simulation outputs of shape `(batch_dim, *condition_shape)`.
         """
-        standard = self._standard(self._flatten(x)).nan_to_num(nan=0.0)
-        normal = self._normal(standard)
+        flat = self._flatten(x)
+        standard = self._standard(flat).nan_to_num(nan=0.0)
+        normal = self._normal(flat)
         return torch.cat((standard.clamp(-MAX_SCORE, MAX_SCORE), normal), 1)
 
     def normal_scores(self, x: Tensor) -> Tensor:
@@ -85,19 +87,22 @@ class Features(nn.Module):
             Of shape `(batch_dim, num_continuous)`. Outputs that are missing (NaN or
             infinite) have the score of the average.
         """
-        return self._normal(self._standard(self._flatten(x)).nan_to_num(nan=0.0))
+        return self._normal(self._flatten(x))
 
-    def _normal(self, standard: Tensor) -> Tensor:
-        values = standard[:, self.continuous].T.contiguous()
-        right = torch.searchsorted(self.knots, values).clamp(1, NUM_KNOTS - 1)
+    def _normal(self, flat: Tensor) -> Tensor:
+        values = torch.where(flat.isnan(), self.mean, flat)
+        values = values[:, self.continuous].T.contiguous()
+        right = torch.searchsorted(self.quantiles, values).clamp(1, NUM_KNOTS - 1)
         left = right - 1
-        x0, x1 = self.knots.gather(1, left), self.knots.gather(1, right)
+        # Differences of the largest numbers are beyond single precision.
+        knots = self.quantiles.double()
+        x0, x1 = knots.gather(1, left), knots.gather(1, right)
         y0, y1 = self.scores.gather(1, left), self.scores.gather(1, right)
         # Neighbouring knots coincide at the ends only, where outputs are tied.
-        width = (x1 - x0).clamp_min(torch.finfo(values.dtype).tiny)
+        width = (x1 - x0).clamp_min(torch.finfo(self.quantiles.dtype).tiny)
         normal = y0 + (values - x0) * ((y1 - y0) / width)
         # Beyond the outermost knots a line goes on, but not for ever.
-        return normal.clamp(-MAX_SCORE / 2, MAX_SCORE / 2).T
+        return normal.clamp(-MAX_SCORE / 2, MAX_SCORE / 2).to(self.scores).T
 
     def _flatten(self, x: Tensor) -> Tensor:
         flat = _finite_or_nan(x)

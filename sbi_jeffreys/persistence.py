@@ -46,7 +46,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 FORMAT = "sbi_jeffreys.JeffreysNPE"
 #: Increased whenever a file of before can no longer be read.
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 
 # Parameters at which the prior of the file and that of the user are compared.
 NUM_PRIOR_CHECKS = 8
@@ -475,9 +475,14 @@ def _fill(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
     if stored is None:
         x = _x_like_that_built_with(built_with)
         all_theta = theta
+        # Simulations that are appended later are others.
+        built_with = {**built_with, "num_parts": 0}
     else:
         _take_simulations(inference, stored)
-        x = _x_built_with(inference, built_with)
+        if built_with["num_parts"] == 0:
+            x = _x_like_that_built_with(built_with)
+        else:
+            x = _x_built_with(inference, built_with)
         all_theta = inference.get_simulations()[0]
     if inference._prior is None:
         all_theta = all_theta.to(inference._device)

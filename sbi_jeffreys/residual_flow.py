@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sbi_jeffreys.coordinates import ResidualCoordinates
-from sbi_jeffreys.features import Features
+from sbi_jeffreys.features import MAX_SIMULATIONS, Features
 from sbi_jeffreys.flow import sample_and_log_prob
 from sbi_jeffreys.screening import informative_outputs
 
@@ -119,8 +119,10 @@ def build_residual_flow(
     """
     features = Features(x, informative_outputs(theta, x))
     coordinates = ResidualCoordinates(theta, x, features, prior)
-    inputs = features(x)
+    # Of more simulations the flow's builder takes nothing but memory.
+    inputs = features(x[:MAX_SIMULATIONS])
+    residuals = coordinates(theta[:MAX_SIMULATIONS], inputs)
     # Features and residuals are standard already; a second z-score of the data would
     # blow up features that hardly vary.
-    flow = posterior_nn(model, z_score_x="none")(coordinates(theta, inputs), inputs)
+    flow = posterior_nn(model, z_score_x="none")(residuals, inputs)
     return ResidualFlow(flow, coordinates, features, theta[0].shape, x[0].shape)

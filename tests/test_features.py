@@ -50,6 +50,25 @@ def test_normal_scores_increase_with_the_output():
     assert (normal.diff(dim=0) >= 0).all()
 
 
+@pytest.mark.parametrize("outlier", [1e6, 1e12, 3e38])
+def test_one_output_far_out_leaves_the_others_their_scores(outlier):
+    torch.manual_seed(0)
+    x = torch.randn(1000, 1)
+    x[0] = outlier
+    features = Features(x)(x)
+    assert features.isfinite().all()
+    expected = stats.norm.ppf((stats.rankdata(x.numpy()) - 0.5) / 1000)
+    assert np.abs(features[:, 1].numpy() - expected).max() < 0.1
+
+
+def test_long_tails_leave_the_bulk_its_scores():
+    # Over thirty decades: of standard scores nearly all would be the same number.
+    x = (10 * torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))).exp()
+    normal = Features(x).normal_scores(x)[:, 0]
+    expected = stats.norm.ppf((stats.rankdata(x[:, 0].numpy()) - 0.5) / 2000)
+    assert np.abs(normal.numpy() - expected).mean() < 0.05
+
+
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_units_do_not_matter(scale):
     x = skewed()

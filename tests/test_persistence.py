@@ -763,7 +763,7 @@ def test_another_version(saved, tmp_path):
     # version 3 no surrogates of the likelihood; version 4 had synthetic conditions, and
     # version 5 energies without a bound; version 6 saw all outputs; version 7 had flows
     # without a scale.
-    assert persistence.FORMAT_VERSION == 8
+    assert persistence.FORMAT_VERSION == 9
     for version in (9, 7, 6, 5, 4, 3, 2, 1, None):
         torch.save({**content, "version": version, "written_by": "9.9.9"}, path)
         assert_refused(path, f"format version {version}.*sbi_jeffreys 9.9.9")
@@ -918,3 +918,29 @@ def test_from_one_device_to_another(tmp_path, devices):
     train(second, 6, resume_training=True)
     assert len(second.summary["trust"]) == 6
     assert next(second._neural_net.parameters()).device.type == devices[1]
+
+
+@pytest.mark.parametrize("num_new", [40, 200])
+def test_trained_anew_after_a_file_without_simulations(tmp_path, num_new):
+    """What the networks were built with is not among the simulations that follow."""
+    first = make()
+    train(first, 4, simulate(120))
+    first.save(tmp_path / "small.pt", simulations=False)
+    second = make().load(tmp_path / "small.pt")
+    theta, x = simulate(num_new, seed=5)
+    second.append_simulations(theta, x)
+    train(second, 4, force_first_round_loss=True)
+    second.save(tmp_path / "whole.pt")
+    third = make().load(tmp_path / "whole.pt")
+    assert_equal(outcome(third), outcome(second))
+
+
+def test_resumed_with_other_simulations():
+    inference = make()
+    train(inference, 4, simulate(120))
+    theta, x = simulate(60, seed=5)
+    proposal = inference.build_posterior().set_default_x(x[:1])
+    inference.append_simulations(theta, x, proposal=proposal)
+    train(inference, 4, discard_prior_samples=True, force_first_round_loss=True)
+    with pytest.raises(ValueError, match="round 1 on, .* of round 0 on.*discard_prior"):
+        train(inference, 6, resume_training=True, force_first_round_loss=True)
