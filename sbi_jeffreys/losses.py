@@ -43,7 +43,7 @@ class Batch(NamedTuple):
         masks: Whether the parameters are of the prior, as sbi's loaders tell.
         part: What the simulations are for.
         position: Where among the simulations of the part they are, `(batch_dim,)`.
-            `None` if it is not known: loaders with keywords of the user's do not say.
+            `None` if it is not known: some loaders do not say.
     """
 
     theta: Tensor

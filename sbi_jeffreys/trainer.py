@@ -165,6 +165,7 @@ class JeffreysNPE(NPE):
     _average: WeightAverage
     _parameters: Dict[Module, List[Parameter]]
     _losses: Losses
+    _cut_short: List[Stage]
 
     def __init__(
         self,
@@ -446,18 +447,28 @@ class JeffreysNPE(NPE):
         """Return dataloaders for training and validation.
 
         The split is that of sbi, for the same random seed. Batches carry the indices
-        of their simulations. Unless `dataloader_kwargs` ask for more, they are cut
-        from the tensors in one piece, which sbi's row-wise loader does not.
+        of their simulations. Unless `dataloader_kwargs` are given, they are cut from
+        the tensors in one piece, which sbi's row-wise loader does not. Of batches by
+        keywords that choose or put together simulations (`sampler`, `batch_sampler`,
+        `collate_fn`) it is not known which simulations they hold: samples of flow and
+        proxy are then drawn anew in every step, which takes many times as long.
 
         See `sbi.inference.NPE.get_dataloaders` for the arguments.
 
         Raises:
-            ValueError: If training or validation would be left without simulations.
+            ValueError: If training or validation would be left without simulations,
+                or if a training is to be resumed with other simulations than before.
         """
         if resume_training and self._last_epoch is None:
             raise ValueError(
                 "There is no training to resume: no epoch was completed, or the "
                 "simulations were left out when it was saved. Call .train() first."
+            )
+        if resume_training and starting_round != self._starting_round:
+            raise ValueError(
+                f"This training began with the simulations of round "
+                f"{self._starting_round} on, and is to be resumed with those of round "
+                f"{starting_round} on. Give the same discard_prior_samples as then."
             )
         num = sum(
             len(theta)
@@ -479,7 +490,8 @@ class JeffreysNPE(NPE):
             resume_training,
             dataloader_kwargs,
         )
-        if dataloader_kwargs is not None:
+        keywords = dataloader_kwargs or {}
+        if not keywords.keys().isdisjoint(("sampler", "batch_sampler", "collate_fn")):
             return loaders
         tensors = loaders[0].dataset.tensors  # type: ignore[attr-defined]
         dataset = TensorDataset(*tensors, torch.arange(len(tensors[0])))
@@ -490,6 +502,20 @@ class JeffreysNPE(NPE):
         self._position = torch.zeros(len(dataset), dtype=torch.long)
         for indices in (self.train_indices, self.val_indices):
             self._position[indices] = torch.arange(len(indices))
+        if dataloader_kwargs is not None:
+            train, val = (
+                DataLoader(
+                    dataset,
+                    **{
+                        "sampler": loader.sampler,
+                        "batch_size": loader.batch_size,
+                        "drop_last": drop,
+                        **keywords,
+                    },
+                )
+                for loader, drop in zip(loaders, drop_last, strict=True)
+            )
+            return train, val
         train, val = (
             DataLoader(
                 dataset,
@@ -632,6 +658,7 @@ class JeffreysNPE(NPE):
         # sbi restores this state at the end of training; `_restore_best` then loads
         # each model's own.
         self._best_model_state_dict = self._estimator.state_dict()
+        self._cut_short = []
         if resumed:
             assert self._last_epoch is not None  # get_dataloaders has seen to it
             restore(self, self._last_epoch)
@@ -667,6 +694,15 @@ class JeffreysNPE(NPE):
                 self._finish_early(reason, num_epochs)
                 break
             train_config = replace(train_config, resume_training=True)
+        if self._cut_short:
+            stages = dict.fromkeys(stage.value for stage in self._cut_short)
+            warnings.warn(
+                "Maximum number of epochs: all stages share `max_num_epochs="
+                f"{self._max_num_epochs}`, and models still improved when it ended "
+                f"these: {', '.join(stages)}. Give more epochs, or none to let "
+                "every stage end by itself.",
+                stacklevel=5,
+            )
         if self._num_skipped_steps:
             warnings.warn(
                 f"{self._num_skipped_steps} training steps had gradients that were not "
@@ -845,7 +881,7 @@ class JeffreysNPE(NPE):
     def _batch(self, tensors: Sequence[Tensor], part: Part) -> Batch:
         """Return what a loader of `get_dataloaders` gives as a batch.
 
-        Loaders with keywords of the user's do not say which simulations they give.
+        Some with keywords of the user's do not say which simulations they give.
         """
         theta, x, masks = (tensor.to(self._device) for tensor in tensors[:3])
         position = self._position[tensors[3]] if len(tensors) > 3 else None
@@ -1305,13 +1341,17 @@ class JeffreysNPE(NPE):
         share = math.inf
         if has_proxy and not is_last:
             share = self._max_num_epochs / len(self._stages)
+        num_epochs = epoch - self._stage_start
+        is_cut = not stagnates and num_epochs >= share
         if self._stage is Stage.LIKELIHOOD:
             share = min(share, self._max_likelihood_epochs)
-        is_over = epoch - self._stage_start >= share
+        is_over = num_epochs >= share
         flow = self._estimator.flow
         if self._is_new and isinstance(flow, FlowCandidates) and share < math.inf:
-            limit = max(1, share // len(flow))
-            stagnates = stagnates or epoch - start >= limit
+            is_cut = not stagnates and epoch - start >= max(1, share // len(flow))
+            stagnates = stagnates or is_cut
+        if is_cut:
+            self._cut_short.append(self._stage)
         if not (stagnates or is_over):
             return False
         if not is_over and self._start_next_candidate():

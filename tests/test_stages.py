@@ -1,6 +1,7 @@
 """The stages of training: who learns when, from what, and where it ends."""
 
 import math
+import warnings
 from typing import Any, Dict
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 from helpers import (
     StatefulEmbedding,
     assert_epochs_are_finite,
+    assert_equal,
     identical,
     interrupt_before,
+    outcome,
     state_of,
     values_of,
 )
@@ -757,3 +760,24 @@ def test_plots_and_progress_of_every_stage(num_epochs, capsys, recwarn):
     assert len(values_of(inference.summary, "validation_likelihood_loss")) == min(
         max(num_epochs - 4, 0), 4
     )
+
+
+def test_keywords_of_the_loader_change_nothing():
+    """Rows that are put together one by one are the same, and keep their samples."""
+    outcomes = []
+    for keywords in (None, {"num_workers": 0, "pin_memory": False}):
+        inference = make()
+        train(inference, 12, dataloader_kwargs=keywords)
+        outcomes.append(outcome(inference))
+    assert_equal(*outcomes)
+
+
+def test_stages_that_are_cut_short_are_told():
+    inference = make()
+    with pytest.warns(UserWarning, match="max_num_epochs=11.*: flow, likelihood, prox"):
+        train(inference, 12)
+    inference = make()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(inference, 400, stop_after_epochs=2, learning_rate=5e-2)
+    assert not [w for w in caught if "stages share" in str(w.message)]
