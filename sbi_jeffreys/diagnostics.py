@@ -236,8 +236,9 @@ def compare_models(
     Args:
         inference: The trained `JeffreysNPE`.
         held_out: Parameters and outputs of further simulations from the prior. The
-            validation simulations if not given; they have chosen when to stop, and
-            nothing else.
+            validation simulations if not given: with these it was chosen when to stop,
+            which flow to keep, how wide it is and what the proxy counts, so that
+            losses and coverage on them are better than on others.
         num_samples: Number of samples of either kind for every simulation.
 
     Returns:
@@ -404,16 +405,18 @@ def _compare_batch(
     theta_base = base.sample(num_samples, len(x))
     points = torch.cat((theta_flow, theta_base))
     log_p = torch.cat((log_p, flow.log_prob(theta_base, x)))
-    f = proxy(points, x)
-    log_q = base.log_prob(points) + f
+    f, log_b = proxy(points, x), base.log_prob(points)
+    log_q = log_b + f
     log_m = log_mixture(
         log_p, base.reference_log_prob(points), num_samples, num_samples
     )
     log_w = log_q - log_m
-    log_z = from_log_weights(log_w).value
-    extended = base.extended_log_prob(theta_flow) + f[:num_samples]
+    partition = from_log_weights(log_w)
+    log_z = partition.value
+    # Of the energy beyond the support nothing is known: the proxy does not count it.
+    inside = ~torch.isneginf(log_b[:num_samples])
+    extended = base.extended_log_prob(theta_flow) + f[:num_samples].where(inside, 0.0)
     ratio = torch.where(log_w.isfinite(), log_q - log_p, 0.0)
-    inside = log_q[:num_samples].isfinite()
     weights = from_log_weights((log_q - log_p)[:num_samples])
     result = {
         "flow_to_proxy": (log_p[:num_samples] - extended).mean(0) + log_z,
@@ -422,11 +425,12 @@ def _compare_batch(
     }
     if theta is not None:
         log_p_theta = flow.log_prob(theta.unsqueeze(0), x)
+        log_q_theta = base.extended_log_prob(theta) + proxy(theta[None], x)[0]
         # Credible regions are those of the posterior: within the prior's support.
         higher = ((log_p[:num_samples] > log_p_theta) & inside).sum(0)
         result.update(
             flow_loss=-log_p_theta[0],
-            proxy_loss=log_z - base.extended_log_prob(theta) - proxy(theta[None], x)[0],
+            proxy_loss=partition.debiased - log_q_theta,
             levels=(higher + 0.5) / (inside.sum(0) + 1),
         )
     return result

@@ -11,19 +11,22 @@ from sbi.neural_nets.estimators.shape_handling import (
     reshape_to_batch_event,
 )
 from sbi.sbi_types import Shape, TorchTransform
-from sbi.utils.sbiutils import mcmc_transform, within_support
+from sbi.utils.sbiutils import mcmc_transform
 from sbi.utils.torchutils import (
     ensure_theta_batched,
     infer_module_device,
     process_device,
 )
+from sbi.utils.user_input_checks import process_x
 from sbi.utils.user_input_checks_utils import move_distribution_to_device
 from torch import Tensor
 from torch.distributions import Distribution
 
+from sbi_jeffreys.base_measure import is_inside
 from sbi_jeffreys.estimator import JeffreysEstimator
+from sbi_jeffreys.flow import rsample_and_log_prob
 from sbi_jeffreys.moves import metropolis_moves
-from sbi_jeffreys.partition import LogPartition, from_log_weights
+from sbi_jeffreys.partition import LogPartition, from_log_weights, log_mixture
 from sbi_jeffreys.refinement import sample_with_log_ratio, temper
 
 
@@ -89,7 +92,7 @@ class RefinedPotential(BasePotential):
         prior = self.prior
         assert prior is not None
         with torch.set_grad_enabled(track_gradients):
-            inside = within_support(prior, theta)
+            inside = is_inside(prior, theta)
             if len(x) == 1:
                 potential = self._log_density(theta.unsqueeze(1), x).squeeze(1)
             elif self.x_is_iid:
@@ -311,7 +314,8 @@ class RefinedPosterior(NeuralPosterior):
         Returns:
             Samples of shape `(*sample_shape, batch_dim, *input_shape)`.
         """
-        x = reshape_to_batch_event(x, self.posterior_estimator.condition_shape)
+        shape = self.posterior_estimator.condition_shape
+        x = reshape_to_batch_event(process_x(x), shape)
         return self._resample(torch.Size(sample_shape), x.to(self._device))
 
     def log_prob(
@@ -327,11 +331,12 @@ class RefinedPosterior(NeuralPosterior):
         Args:
             theta: Parameters of shape `(num, *input_shape)`.
             x: Observation; the default `x` if not given.
-            norm_posterior: Whether to normalise, by importance sampling from the flow.
-                The constant of the last observation is kept, so that the densities of
-                several calls compare.
+            norm_posterior: Whether to normalise, by importance sampling. The constant
+                of the last observation is kept, so that the densities of several calls
+                compare.
             track_gradients: Whether to track gradients.
-            num_samples: Number of samples of the flow for the normalisation.
+            num_samples: Number of samples for the normalisation, half of the flow and
+                half of what the proxy's base measure is referred to, as the prior.
 
         Returns:
             Log density of shape `(num,)`; minus infinity outside the prior's support.
@@ -399,9 +404,31 @@ class RefinedPosterior(NeuralPosterior):
     def _log_normalisation(self, x: Tensor, num_samples: int) -> Tensor:
         kept = self._normalisation
         if kept is None or kept[1] != num_samples or not torch.equal(kept[0], x):
-            log_z = self._log_partition(x, num_samples).debiased
+            log_z = self._normalise(x, num_samples).debiased
             self._normalisation = kept = (x, num_samples, log_z)
         return kept[2]
+
+    @torch.no_grad()
+    def _normalise(self, x: Tensor, num_samples: int) -> LogPartition:
+        """Return the normalising constant of the tempered density.
+
+        Samples of the flow alone would miss what it misses.
+        """
+        flow, base = self.posterior_estimator.flow, self.posterior_estimator.proxy.base
+        batch = max(1, self.max_sampling_batch_size // (2 * len(x)))
+        left, log_weights = max(1, num_samples // 2), []
+        while left > 0:
+            num = min(batch, left)
+            theta, log_p = rsample_and_log_prob(flow, num, x)
+            reference = base.sample(num, len(x))
+            theta = torch.cat((theta, reference))
+            log_p = torch.cat((log_p, flow.log_prob(reference, x)))
+            log_m = log_mixture(log_p, base.reference_log_prob(theta), num, num)
+            log_w = self._log_density(theta, x) - log_m
+            is_finite = theta.isfinite().flatten(2).all(-1)
+            log_weights.append(log_w.masked_fill(~is_finite, -torch.inf))
+            left -= num
+        return from_log_weights(torch.cat(log_weights))
 
     def _log_partition(self, x: Tensor, num_samples: int) -> LogPartition:
         return from_log_weights(self._propose(num_samples, x)[1])
@@ -491,7 +518,7 @@ class RefinedPosterior(NeuralPosterior):
 
     def _is_inside(self, theta: Tensor) -> Tensor:
         """Return whether parameters are the prior's, `(num_samples, batch_dim)`."""
-        inside = within_support(self.prior, theta.flatten(0, 1))
+        inside = is_inside(self.prior, theta.flatten(0, 1))
         return inside.reshape(theta.shape[:2])
 
 

@@ -97,7 +97,8 @@ def choose_exponent(
 
     The partition functions come from samples of the flow. A weight that they miss
     would make the proxy look better than it is, so that the simulation itself counts
-    as one more sample.
+    as one more sample. Simulations whose parameters neither model knows, as those
+    beyond the prior's support, say nothing of the exponent.
 
     Args:
         flow: The flow.
@@ -125,6 +126,8 @@ def choose_exponent(
         candidates = log_ratio(flow, proxy, atoms, x)
         log_prior = prior.log_prob(atoms.flatten(0, 1)).reshape(candidates.shape)
         log_base = flow.log_prob(atoms, x) - log_prior
+    known = candidates[0].isfinite() & log_base[0].isfinite()
+    candidates, log_base = candidates[:, known], log_base[:, known]
     scores = []
     for exponent in EXPONENTS.tolist():
         log_r = log_base + temper(candidates, exponent)

@@ -16,6 +16,7 @@ from sbi.utils import BoxUniform
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from sbi_jeffreys import (
+    JeffreysEstimator,
     JeffreysNPE,
     ModelComparison,
     NoTracker,
@@ -23,7 +24,9 @@ from sbi_jeffreys import (
     compare_models,
     energy_nn,
 )
-from sbi_jeffreys.diagnostics import _novelty
+from sbi_jeffreys.base_measure import make_base_measure
+from sbi_jeffreys.diagnostics import _compare, _novelty
+from sbi_jeffreys.energy import ConditionalEnergy
 
 pytestmark = pytest.mark.filterwarnings("ignore:Maximum number of epochs")
 
@@ -133,6 +136,29 @@ def test_levels_within_a_bounded_prior():
     # Half the flow's mass is beyond the prior, which the weights count.
     share = (normal.cdf(torch.ones(1)) - 0.5).item()
     assert comparison.relative_ess.max() < share + 0.02
+
+
+def test_the_energy_beyond_the_prior_does_not_count():
+    class Step(torch.nn.Module):
+        """Flat within the prior, and far below it beyond."""
+
+        def forward(self, theta, x):
+            return torch.where((theta.abs() > 1).any(-1), -500.0, 0.0)
+
+    # Flow and proxy agree but for what leaks: one in a hundred.
+    prior = BoxUniform(-torch.ones(1), torch.ones(1))
+    scale = torch.full((1, 1), 1 / 2.576)
+    flow = LinearGaussianFlow(torch.zeros(1, 1), torch.zeros(1), scale)
+    theta, x = prior.sample((200,)), torch.zeros(200, 1)
+    base = make_base_measure("prior", prior, theta)
+    proxy = ConditionalEnergy(Step(), base, torch.Size([1]), torch.Size([1]))
+    torch.manual_seed(0)
+    parts = _compare(JeffreysEstimator(flow, proxy), x[:50], 4000)
+    # The normal density against the uniform one within, and the way back beyond.
+    z = torch.linspace(-2.576, 2.576, 10_001).double()
+    log_p = torch.distributions.Normal(0, 1).log_prob(z) + math.log(2.576)
+    within = ((log_p - math.log(0.5)) * log_p.exp()).mean() * 2
+    assert (parts["flow_to_proxy"].mean() - within).abs() < 0.1
 
 
 @pytest.mark.parametrize(("width", "coverage"), [(1.0, 0.9), (0.5, 0.4377)])

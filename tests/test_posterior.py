@@ -12,6 +12,7 @@ from helpers import (
     LinearGaussianFlow,
     QuadraticEnergy,
     gaussian_proxy,
+    gaussian_proxy_posterior,
     grid,
     log_integral,
 )
@@ -91,6 +92,13 @@ def test_shapes(shape):
     assert posterior.sample(shape, x=X[0]).shape == (*shape, 2)
     assert posterior.sample(shape, x=X[:1]).shape == (*shape, 2)
     assert posterior.sample_batched(torch.Size(shape), X).shape == (*shape, 3, 2)
+
+
+def test_observations_may_be_arrays():
+    posterior = RefinedPosterior(gaussian_estimator(), WIDE, 1.0)
+    for x in (X.numpy(), X.double(), X.double().numpy()):
+        assert posterior.sample_batched((4,), x).shape == (4, 3, 2)
+        assert posterior.sample((4,), x=x[:1]).dtype == torch.float32
 
 
 def test_no_more_of_the_flow_is_sampled_than_its_weights_need(monkeypatch):
@@ -329,6 +337,27 @@ def test_density_integrates_to_one_on_the_prior(dim, exponent):
     assert posterior.log_prob(outside[:1]).tolist() == [-torch.inf]
     samples = posterior.sample((2000,))
     assert (samples.abs() <= 1).all()
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(0.0, 1.0), (4.0, 0.3)])
+def test_density_is_normalised_where_the_flow_has_no_samples(mean, scale):
+    flow = LinearGaussianFlow(torch.zeros(1, 1), torch.zeros(1), torch.eye(1))
+    net = QuadraticEnergy(
+        torch.zeros(1, 1), torch.tensor([mean]), torch.eye(1) / scale, shift=2.0
+    )
+    prior = MultivariateNormal(torch.zeros(1), 9 * torch.eye(1))
+    estimator = JeffreysEstimator(flow, gaussian_proxy(net, prior))
+    posterior = RefinedPosterior(estimator, prior, 1.0)
+    target, _ = gaussian_proxy_posterior(net, torch.zeros(1, 1), prior)
+    theta = target.sample((5,))[:, 0]
+    torch.manual_seed(0)
+    # Of ten thousand samples of the flow less than two lie there.
+    torch.testing.assert_close(
+        posterior.log_prob(theta, x=torch.zeros(1, 1)),
+        target.log_prob(theta),
+        atol=0.15,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0])

@@ -64,6 +64,25 @@ def test_validation_chooses_the_exponent(p, q, low, high, round_):
     assert low - 1e-6 <= exponent <= high + 1e-6
 
 
+@pytest.mark.parametrize("round_", ["first", "later"])
+def test_simulations_beyond_the_support_do_not_count(round_):
+    p, q = flow(shift=0.8), proxy()
+    theta, x = simulate(1000)
+    log_unnormalized = q.log_unnormalized
+
+    def cut_off(theta, x):
+        log_q = log_unnormalized(theta, x)
+        return log_q.masked_fill((theta > 50).any(-1), -torch.inf)
+
+    q.log_unnormalized = cut_off
+    theta[[3, 500]] = 100.0
+    prior = None if round_ == "first" else PRIOR
+    assert choose_exponent(p, q, theta, x, prior=prior) > 0.8 - 1e-6
+    # Nothing is known of what none of them tells.
+    theta[:] = 100.0
+    assert choose_exponent(p, q, theta, x, prior=prior) == 0.0
+
+
 def test_what_depends_on_x_alone_changes_nothing():
     class Shifted(torch.nn.Module):
         def __init__(self, net):
