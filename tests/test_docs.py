@@ -98,6 +98,13 @@ def unbounded():
 
 
 @pytest.fixture(scope="module")
+def unscaled():
+    """C2ST of the default before flows had a scale."""
+    rows = pd.read_csv(REPORTS / "unscaled_1000/results.csv")
+    return rows.pivot_table("c2st", ["task", "seed", "observation"], "method")
+
+
+@pytest.fixture(scope="module")
 def unscreened():
     """C2ST of the default before outputs that say nothing were left out."""
     rows = pd.read_csv(REPORTS / "unscreened_1000/results.csv")
@@ -294,12 +301,12 @@ def test_the_images_of_the_tutorial_are_scored_as_it_says():
 
 
 @pytest.fixture(scope="module")
-def rounds(c2st):
+def rounds(unscaled):
     """C2ST at the first observation in ten rounds and in one, by task and seed."""
     rows = pd.read_csv(REPORTS / "sequential_1000/results.csv")
     ten = rows.pivot_table("c2st", ["task", "seed"], "method")
     assert ten.shape == (6, 3)  # two tasks, three seeds
-    return ten.join(c2st.xs(1, level="observation"))
+    return ten.join(unscaled.xs(1, level="observation"))
 
 
 def test_rounds_lose_as_the_page_says(rounds):
@@ -410,13 +417,19 @@ def test_the_table_of_the_surrogates_is_that_of_the_rows(site, with_surrogates):
         assert [task, *(f"{mean:.3f}" for mean in means)] in shown
 
 
-def test_the_tables_of_bound_and_screening_are_those_of_the_rows(
-    site, c2st, unbounded, unscreened
+def test_the_tables_of_bound_screening_and_scale_are_those_of_the_rows(
+    site, c2st, unbounded, unscreened, unscaled
 ):
-    bounded = unscreened.combine_first(c2st)
+    bounded = unscreened.combine_first(unscaled)
+    rows = pd.read_csv(REPORTS / "against_npe_1000/results.csv")
+    is_of_few = rows["settings"].str.contains('"num_samples": 2000')
+    few = set(rows.loc[is_of_few, "task"])
+    assert len(few) == 4
+    as_many = unscaled[~unscaled.index.isin(few, level="task")]
     for page, now, before in (
         ("proxy", bounded, unbounded),
-        ("how_to/networks", c2st, unscreened),
+        ("how_to/networks", unscaled, unscreened),
+        ("method", c2st, as_many),
     ):
         shown = rows_of(site / f"{page}.html")
         both = now.join(before.add_suffix(" before"), how="inner")
@@ -432,7 +445,7 @@ def test_the_tables_of_bound_and_screening_are_those_of_the_rows(
 
 
 def test_the_readme_says_what_the_rows_say(
-    c2st, unbounded, unscreened, with_surrogates, training_ratios
+    c2st, unbounded, unscreened, unscaled, with_surrogates, training_ratios
 ):
     readme, proxy = text_of("README.md"), text_of("docs/proxy.md")
     for (_, flow), ratios in training_ratios.items():
@@ -458,12 +471,20 @@ def test_the_readme_says_what_the_rows_say(
         values = [f"{value:.3f}" for value in by_seed[method]]
         assert f"{name} {', '.join(values[:-1])} and {values[-1]}" in readme
     by_task = c2st.groupby(["task", "seed"]).mean()
-    assert "nowhere, with none of the seeds, nor is the refined posterior" in readme
+    assert "in this table nowhere to NPE, with none of the seeds" in readme
     for us in ("jeffreys", "jeffreys_refined"):
         for peer in ("npe_maf", "npe_nsf"):
             assert (by_task[us] < by_task[peer]).all()
-    assert (by_task["jeffreys_refined"] < by_task["jeffreys"]).all()
-    both = unscreened.combine_first(c2st)
+    behind = by_task["jeffreys_refined"] - by_task["jeffreys"]
+    of_task = behind.groupby("task").mean()
+    assert set(behind[behind >= 0].index) == {("gaussian_linear", 202), ("sir", 201)}
+    assert list(of_task[of_task >= 0].index) == ["gaussian_linear"]
+    assert (
+        f"gaussian_linear (by {behind['gaussian_linear', 202]:.3f}; by "
+        f"{of_task['gaussian_linear']:.3f} in the mean) and on sir (by "
+        f"{behind['sir', 201]:.3f})"
+    ) in readme
+    both = unscreened.combine_first(unscaled)
     both = both.loc[both.index.isin(unbounded.index)]
     bounded = both["jeffreys_refined"].groupby("task").mean().mean()
     assert (
