@@ -216,6 +216,8 @@ class RefinedPosterior(NeuralPosterior):
     min_num_samples = 100
     #: The samples of the flow for so many samples take about a second.
     cheap_num_samples = 10_000
+    #: Samples of the flow whose differences are the steps of moves: a million of them.
+    max_pool_size = 1_000
     #: Share of repeated samples that is left as it is. A classifier, as that of C2ST,
     #: recognises repetitions.
     max_repeated = 0.01
@@ -480,7 +482,8 @@ class RefinedPosterior(NeuralPosterior):
         """
         inside = torch.zeros(is_outside.shape, device=x.device)
         inside = inside.masked_fill(is_outside, -torch.inf)
-        pool = _take(candidates, systematic_resampling(inside, len(candidates)))
+        num_pool = min(len(candidates), self.max_pool_size)
+        pool = _take(candidates, systematic_resampling(inside, num_pool))
         num_rows = max(1, self.max_sampling_batch_size // len(x))
 
         def log_density(theta: Tensor) -> Tensor:
