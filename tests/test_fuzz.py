@@ -271,8 +271,8 @@ def problems_of(inference, case, said):
         except Exception as error:
             if not (is_explicit(error, OURS) or is_explicit(error, SBIS)):
                 text = traceback.format_exc()
-                try:  # as NPE's posterior would
-                    estimator.flow.sample(torch.Size((200,)), x)
+                try:  # as NPE's posterior would, asked for as many
+                    estimator.flow.sample(torch.Size((40_000,)), x)
                 except type(error):
                     continue
                 bad.append(f"sampling: {text}")

@@ -762,9 +762,9 @@ def test_another_version(saved, tmp_path):
     # Of version 1 the stages were others, version 2 had no average of weights, and
     # version 3 no surrogates of the likelihood; version 4 had synthetic conditions, and
     # version 5 energies without a bound; version 6 saw all outputs; version 7 had flows
-    # without a scale.
+    # without a scale, and version 8 normal scores of standard scores.
     assert persistence.FORMAT_VERSION == 9
-    for version in (9, 7, 6, 5, 4, 3, 2, 1, None):
+    for version in (10, 8, 7, 6, 5, 4, 3, 2, 1, None):
         torch.save({**content, "version": version, "written_by": "9.9.9"}, path)
         assert_refused(path, f"format version {version}.*sbi_jeffreys 9.9.9")
 
