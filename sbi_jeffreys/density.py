@@ -23,12 +23,11 @@ from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.energy_builder import EnergyBuilder, energy_nn
 from sbi_jeffreys.epoch_metrics import EPOCH_METRICS
 from sbi_jeffreys.estimator import JeffreysEstimator
-from sbi_jeffreys.flow import rsample_and_log_prob
 from sbi_jeffreys.objective import JeffreysObjective, Proposals, ProxySamples
-from sbi_jeffreys.partition import LogPartition, from_log_weights, log_mixture
+from sbi_jeffreys.partition import LogPartition, from_log_weights
 from sbi_jeffreys.persistence import keeping_random_state
 from sbi_jeffreys.posterior import RefinedPosterior
-from sbi_jeffreys.refinement import temper
+from sbi_jeffreys.refinement import sample_with_log_weights, temper
 from sbi_jeffreys.tracking import NoTracker
 from sbi_jeffreys.trainer import LEARNING_RATE, JeffreysNPE
 from sbi_jeffreys.weights import Weights
@@ -433,15 +432,11 @@ class JeffreysDensityEstimator(DensityMixin, BaseEstimator):
         Half the samples are the flow's, half the reference's, with the weights of
         `sbi_jeffreys.partition`.
         """
-        x, base = self._condition, self.proxy_.base
         num = NUM_PARTITION_SAMPLES // 2
-        theta, log_p = rsample_and_log_prob(self.flow_, num, x)
-        reference = base.sample(num, 1)
-        theta = torch.cat((theta, reference))
-        log_p = torch.cat((log_p, self.flow_.log_prob(reference, x)))
-        log_m = log_mixture(log_p, base.reference_log_prob(theta), num, num)
-        log_q = self.proxy_.log_unnormalized(theta, x)
-        total = from_log_weights(log_p + temper(log_q - log_p, exponent) - log_m)
+        _, log_weights = sample_with_log_weights(
+            self.flow_, self.proxy_, num, self._condition, exponent
+        )
+        total = from_log_weights(log_weights)
         return LogPartition(
             total.value[0], total.effective_sample_size[0], total.num_samples
         )

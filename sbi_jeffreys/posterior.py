@@ -24,10 +24,13 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys.base_measure import is_inside
 from sbi_jeffreys.estimator import JeffreysEstimator
-from sbi_jeffreys.flow import rsample_and_log_prob
 from sbi_jeffreys.moves import metropolis_moves
-from sbi_jeffreys.partition import LogPartition, from_log_weights, log_mixture
-from sbi_jeffreys.refinement import sample_with_log_ratio, temper
+from sbi_jeffreys.partition import LogPartition, from_log_weights
+from sbi_jeffreys.refinement import (
+    sample_with_log_ratio,
+    sample_with_log_weights,
+    temper,
+)
 
 
 class RefinedPotential(BasePotential):
@@ -369,9 +372,8 @@ class RefinedPosterior(NeuralPosterior):
         """
         x = self._x_else_default_x(x)
         x = reshape_to_batch_event(x, self.posterior_estimator.condition_shape)
-        return self._log_partition(
-            x.to(self._device), num_samples
-        ).effective_sample_size
+        log_weights = self._propose(num_samples, x.to(self._device))[1]
+        return from_log_weights(log_weights).effective_sample_size
 
     def _single_x(self, x: Optional[Tensor]) -> Tensor:
         x = self._x_else_default_x(x)
@@ -393,9 +395,7 @@ class RefinedPosterior(NeuralPosterior):
             theta, log_w = sample_with_log_ratio(
                 estimator.flow, estimator.proxy, num, x
             )
-            # The proxy on the Lebesgue measure may lie beyond the prior, and a flow
-            # that was thrown off beyond all numbers.
-            inside = self._is_inside(theta) & theta.isfinite().flatten(2).all(-1)
+            inside = self._is_inside(theta)
             thetas.append(theta)
             log_weights.append(
                 temper(log_w.masked_fill(~inside, -torch.inf), self.exponent)
@@ -410,30 +410,19 @@ class RefinedPosterior(NeuralPosterior):
             self._normalisation = kept = (x, num_samples, log_z)
         return kept[2]
 
-    @torch.no_grad()
     def _normalise(self, x: Tensor, num_samples: int) -> LogPartition:
-        """Return the normalising constant of the tempered density.
-
-        Samples of the flow alone would miss what it misses.
-        """
-        flow, base = self.posterior_estimator.flow, self.posterior_estimator.proxy.base
+        """Return the normalising constant of the tempered density."""
+        estimator = self.posterior_estimator
         batch = max(1, self.max_sampling_batch_size // (2 * len(x)))
         left, log_weights = max(1, num_samples // 2), []
         while left > 0:
             num = min(batch, left)
-            theta, log_p = rsample_and_log_prob(flow, num, x)
-            reference = base.sample(num, len(x))
-            theta = torch.cat((theta, reference))
-            log_p = torch.cat((log_p, flow.log_prob(reference, x)))
-            log_m = log_mixture(log_p, base.reference_log_prob(theta), num, num)
-            log_w = self._log_density(theta, x) - log_m
-            is_finite = theta.isfinite().flatten(2).all(-1)
-            log_weights.append(log_w.masked_fill(~is_finite, -torch.inf))
+            theta, log_w = sample_with_log_weights(
+                estimator.flow, estimator.proxy, num, x, self.exponent
+            )
+            log_weights.append(log_w.masked_fill(~self._is_inside(theta), -torch.inf))
             left -= num
         return from_log_weights(torch.cat(log_weights))
-
-    def _log_partition(self, x: Tensor, num_samples: int) -> LogPartition:
-        return from_log_weights(self._propose(num_samples, x)[1])
 
     def _resample(self, sample_shape: torch.Size, x: Tensor) -> Tensor:
         num_samples = sample_shape.numel()
@@ -456,7 +445,7 @@ class RefinedPosterior(NeuralPosterior):
             )
         samples = _take(theta, systematic_resampling(log_weights, num_samples))
         uneven = repeated > self.max_repeated
-        if uneven.any():
+        if self.num_moves > 0 and uneven.any():
             # Of these all samples move: those repeated are no sample of the posterior.
             samples[:, uneven] = self._move(
                 samples[:, uneven],
@@ -503,8 +492,7 @@ class RefinedPosterior(NeuralPosterior):
         # drawn by: few are drawn from as many, and moved as often, as some would be.
         num_samples = max(num_samples, self.min_num_samples)
         most = factor * max(num_samples, self.cheap_num_samples // len(x))
-        first = max(1, num_samples * factor // 2)
-        theta, log_weights = self._propose(first, x)
+        theta, log_weights = self._propose(num_samples * factor // 2, x)
         repeated = repeated_share(log_weights, num_samples)
         while len(theta) < most and (repeated > self.max_repeated).any():
             more = self._propose(min(len(theta), most - len(theta)), x)
@@ -520,9 +508,13 @@ class RefinedPosterior(NeuralPosterior):
         return log_density.masked_fill(~self._is_inside(theta), -torch.inf)
 
     def _is_inside(self, theta: Tensor) -> Tensor:
-        """Return whether parameters are the prior's, `(num_samples, batch_dim)`."""
+        """Return whether parameters are the prior's, `(num_samples, batch_dim)`.
+
+        The proxy on the Lebesgue measure may lie beyond the prior, and a flow that was
+        thrown off beyond all numbers.
+        """
         inside = is_inside(self.prior, theta.flatten(0, 1))
-        return inside.reshape(theta.shape[:2])
+        return inside.reshape(theta.shape[:2]) & theta.isfinite().flatten(2).all(-1)
 
 
 def repeated_share(log_weights: Tensor, num_samples: int) -> Tensor:

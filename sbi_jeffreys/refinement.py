@@ -20,6 +20,7 @@ from torch.distributions import Distribution
 
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.flow import rsample_and_log_prob
+from sbi_jeffreys.partition import log_mixture
 
 #: Exponents among which validation chooses.
 EXPONENTS = torch.linspace(0.0, 1.0, 11)
@@ -71,6 +72,42 @@ def sample_with_log_ratio(
     """
     theta, log_prob = rsample_and_log_prob(flow, num_samples, x)
     return theta, proxy.log_unnormalized(theta, x) - log_prob
+
+
+@torch.no_grad()
+def sample_with_log_weights(
+    flow: ConditionalDensityEstimator,
+    proxy: ConditionalEnergy,
+    num_samples: int,
+    x: Tensor,
+    exponent: float,
+) -> Tuple[Tensor, Tensor]:
+    r"""Return samples of flow and prior, and what they weigh in $Z_\beta$.
+
+    Samples of the flow alone would miss what it misses. The weights are those of
+    `sbi_jeffreys.partition`, $\log (p^{1 - \beta} (b \exp f)^\beta) - \log m$.
+
+    Args:
+        flow: The flow.
+        proxy: The proxy, whose base measure has the reference, as the prior.
+        num_samples: Number of samples of either kind for every condition.
+        x: Conditions of shape `(batch_dim, *condition_shape)`.
+        exponent: The exponent $\beta$.
+
+    Returns:
+        Samples of shape `(2 * num_samples, batch_dim, *input_shape)` and log weights
+        of shape `(2 * num_samples, batch_dim)`.
+    """
+    theta, log_p = rsample_and_log_prob(flow, num_samples, x)
+    reference = proxy.base.sample(num_samples, len(x))
+    theta = torch.cat((theta, reference))
+    log_p = torch.cat((log_p, flow.log_prob(reference, x)))
+    log_q = proxy.log_unnormalized(theta, x)
+    # Where the flow has no density at all its ratio to the proxy is no number.
+    log_r = log_q if exponent == 1 else log_p + temper(log_q - log_p, exponent)
+    reference_log_prob = proxy.base.reference_log_prob(theta)
+    log_m = log_mixture(log_p, reference_log_prob, num_samples, num_samples)
+    return theta, log_r - log_m
 
 
 def temper(log_weights: Tensor, exponent: float) -> Tensor:

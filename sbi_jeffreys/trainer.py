@@ -502,28 +502,19 @@ class JeffreysNPE(NPE):
         self._position = torch.zeros(len(dataset), dtype=torch.long)
         for indices in (self.train_indices, self.val_indices):
             self._position[indices] = torch.arange(len(indices))
-        if dataloader_kwargs is not None:
-            train, val = (
-                DataLoader(
-                    dataset,
-                    **{
-                        "sampler": loader.sampler,
-                        "batch_size": loader.batch_size,
-                        "drop_last": drop,
-                        **keywords,
-                    },
-                )
-                for loader, drop in zip(loaders, drop_last, strict=True)
-            )
-            return train, val
-        train, val = (
-            DataLoader(
-                dataset,
-                sampler=BatchSampler(loader.sampler, loader.batch_size or 1, drop),
-                batch_size=None,
-            )
-            for loader, drop in zip(loaders, drop_last, strict=True)
-        )
+
+        def load(loader: DataLoader, drop: bool) -> DataLoader:
+            own: Dict[str, Any] = {
+                "sampler": loader.sampler,
+                "batch_size": loader.batch_size,
+                "drop_last": drop,
+            }
+            if dataloader_kwargs is None:  # in one piece
+                batches = BatchSampler(loader.sampler, loader.batch_size or 1, drop)
+                own = {"sampler": batches, "batch_size": None}
+            return DataLoader(dataset, **{**own, **keywords})
+
+        train, val = map(load, loaders, drop_last)
         return train, val
 
     def build_posterior(  # type: ignore[override]
