@@ -1,4 +1,4 @@
-"""Checks of simulations at the border, before anything is done with them."""
+"""Checks of simulations: of each part at the border, of all when training begins."""
 
 import warnings
 from typing import Any, List, Optional, Union
@@ -19,13 +19,15 @@ NATS_OF_DOUBT = 50
 def check_simulations(theta: Any, x: Any) -> None:
     """Raise where sbi would not, or not in words of the user's.
 
+    They may be a part of the simulations: columns are left to `check_columns`.
+
     Args:
         theta: Parameters that the user gives, of shape `(num_simulations, dim_theta)`.
         x: Simulation outputs, of shape `(num_simulations, *features)`.
 
     Raises:
-        ValueError: If parameters are not finite, constant, discrete or too coarse for
-            single precision, or are not as many as simulations.
+        ValueError: If shapes are not as said, or if parameters are not finite or not
+            as many as simulations.
     """
     if not (isinstance(theta, Tensor) and isinstance(x, Tensor)):
         return  # sbi says it well
@@ -52,13 +54,35 @@ def check_simulations(theta: Any, x: Any) -> None:
             f"{bad} of {len(theta)} parameter sets in theta are NaN or infinite. "
             "Simulations may fail, parameters may not: check how they were drawn."
         )
+
+
+def check_columns(theta: Tensor) -> None:
+    """Raise or warn where parameters have no density, or none in single precision.
+
+    Args:
+        theta: The parameters of all simulations that a training uses. Of a part, such
+            as replicates of one parameter set, columns say nothing.
+
+    Raises:
+        ValueError: If a column is constant, discrete or too coarse for single
+            precision.
+    """
+    theta = theta.cpu()  # not every device has double precision
     constant = (theta == theta[:1]).all(0).nonzero().flatten().tolist()
-    if len(theta) > 1 and constant:
+    if constant:
         raise ValueError(
             f"Column(s) {constant} of theta are constant. A parameter that never "
             "varies has no posterior: leave it out of theta and of the prior."
         )
-    _check_columns(theta)
+    resolution = torch.finfo(torch.float32).eps * theta.abs().median(0).values
+    spread = theta.double().std(0)
+    coarse = (resolution > 0.02 * spread).nonzero().flatten().tolist()
+    if coarse:
+        raise ValueError(
+            f"Column(s) {coarse} of theta vary by {spread[coarse[0]]:.3g} around "
+            f"{theta[:, coarse[0]].mean():.6g}, of which single precision leaves only "
+            "few distinct values. Take an offset off theta and the prior."
+        )
     discrete = _discrete_columns(theta)
     if discrete:
         raise ValueError(
@@ -67,6 +91,18 @@ def check_simulations(theta: Any, x: Any) -> None:
             "For continuous and discrete parameters together use sbi.inference.MNPE, "
             "with the discrete columns last; its counterpart for discrete columns of x "
             "is sbi.inference.MNLE."
+        )
+    copies = [
+        (first, second)
+        for second in range(theta.shape[1])
+        for first in range(second)
+        if torch.equal(theta[:, first], theta[:, second])
+    ]
+    if copies:
+        warnings.warn(
+            f"Columns {copies} of theta are the same. No density exists on a line: the "
+            "losses will fall without end. Leave out the copies.",
+            stacklevel=6,  # the user's call of train
         )
 
 
@@ -127,31 +163,4 @@ def check_prior(
             f"prior, more than {NATS_OF_DOUBT} nats below any of 1,000 of its samples. "
             "Were they drawn from this prior, in its units?",
             stacklevel=3,
-        )
-
-
-def _check_columns(theta: Tensor) -> None:
-    """Raise or warn where parameters do not make a density in single precision."""
-    if len(theta) < 2:
-        return
-    resolution = torch.finfo(torch.float32).eps * theta.abs().median(0).values
-    spread = theta.double().std(0)
-    coarse = (resolution > 0.02 * spread).nonzero().flatten().tolist()
-    if coarse:
-        raise ValueError(
-            f"Column(s) {coarse} of theta vary by {spread[coarse[0]]:.3g} around "
-            f"{theta[:, coarse[0]].mean():.6g}, of which single precision leaves only "
-            "few distinct values. Take an offset off theta and the prior."
-        )
-    copies = [
-        (first, second)
-        for second in range(theta.shape[1])
-        for first in range(second)
-        if torch.equal(theta[:, first], theta[:, second])
-    ]
-    if copies:
-        warnings.warn(
-            f"Columns {copies} of theta are the same. No density exists on a line: the "
-            "losses will fall without end. Leave out the copies.",
-            stacklevel=4,
         )

@@ -25,6 +25,7 @@ from sbi.inference.trainers._contracts import LossArgs, LossArgsNPE, TrainConfig
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from sbi.neural_nets.estimators.base import ConditionalEstimatorBuilder
 from sbi.sbi_types import Tracker
+from sbi.utils.sbiutils import get_simulations_since_round
 from sbi.utils.torchutils import assert_all_finite
 from torch import Tensor
 from torch.distributions import Distribution
@@ -39,7 +40,7 @@ from sbi_jeffreys.averaging import WeightAverage
 from sbi_jeffreys.base_scale import fit_scale, give_scale, scaled_bases
 from sbi_jeffreys.best import Best
 from sbi_jeffreys.candidates import FlowCandidates, build_candidates
-from sbi_jeffreys.checks import check_prior, check_simulations
+from sbi_jeffreys.checks import check_columns, check_prior, check_simulations
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.energy_builder import EnergyBuilder, energy_nn
 from sbi_jeffreys.epoch_metrics import (
@@ -292,8 +293,11 @@ class JeffreysNPE(NPE):
     ) -> "JeffreysNPE":
         """Store simulations for training, see `sbi.inference.NPE.append_simulations`.
 
+        They may come in parts, such as replicates of one parameter set: whether a
+        column of `theta` is constant or discrete is judged by `train`.
+
         Raises:
-            ValueError: If parameters are not finite or constant, are not those of the
+            ValueError: If parameters are not finite, have another dimension than the
                 prior, or are not as many as simulations.
         """
         check_simulations(theta, x)
@@ -354,8 +358,10 @@ class JeffreysNPE(NPE):
         Raises:
             OSError: If the checkpoint cannot be written when training starts. Later
                 it is warned of.
-            ValueError: If there is no training to resume, or if the validation loss
-                was never finite.
+            ValueError: If there is no training to resume, if a column of `theta` is
+                constant, discrete or too coarse for single precision over all
+                simulations of this training, or if the validation loss was never
+                finite. After an error of `theta` more simulations can be appended.
         """
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
         try:
@@ -457,7 +463,8 @@ class JeffreysNPE(NPE):
 
         Raises:
             ValueError: If training or validation would be left without simulations,
-                or if a training is to be resumed with other simulations than before.
+                if a training is to be resumed with other simulations than before, or
+                if columns of `theta` are such as `train` refuses.
         """
         if resume_training and self._last_epoch is None:
             raise ValueError(
@@ -483,6 +490,13 @@ class JeffreysNPE(NPE):
                 f"{validation_fraction} leave fewer than two for training or none for "
                 "validation. At least 3 are needed; a useful fit needs hundreds."
             )
+        # Before sbi splits anew: an error must leave the last training as it was. One
+        # that is resumed was judged when it began.
+        if not resume_training:
+            theta = get_simulations_since_round(
+                self._theta_roundwise, self._data_round_index, starting_round
+            )
+            check_columns(theta)
         loaders = super().get_dataloaders(
             starting_round,
             training_batch_size,

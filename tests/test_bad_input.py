@@ -120,7 +120,79 @@ def test_a_constant_parameter():
     theta, x = simulate()
     theta[:, 1] = 0.5
     with pytest.raises(ValueError, match=r"Column\(s\) \[1\] of theta are constant"):
-        make().append_simulations(theta, x)
+        train(theta, x)
+
+
+@pytest.mark.filterwarnings("ignore:Only one data sample provided")  # of x, sbi's
+@pytest.mark.parametrize("num_replicates", [1, 10])
+def test_parts_of_one_parameter_set_each(num_replicates):
+    inference = make()
+    for theta in PRIOR.sample((30,)):
+        theta = theta.repeat(num_replicates, 1)
+        inference.append_simulations(theta, theta + 0.5 * torch.randn_like(theta))
+    inference.train(max_num_epochs=1)
+    assert_trained(inference)
+
+
+def test_columns_of_parts_are_not_judged_alone():
+    parts = [simulate(100) for _ in range(4)]
+    parts[0][0][:, 1] = 0.5  # held
+    parts[1][0][:, 1] = parts[1][0][:, 0]  # a copy
+    parts[2][0][:, 1] = torch.randint(2, (100,))
+    inference = make()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Columns .* are the same")
+        for part in parts:
+            inference.append_simulations(*part)
+        inference.train(max_num_epochs=1)
+    assert_trained(inference)
+
+
+@pytest.mark.filterwarnings("ignore:Only one data sample provided")  # of x, sbi's
+@pytest.mark.parametrize(("num_parts", "num"), [(2, 40), (80, 1)])
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(lambda part: 0.5, "constant"), (lambda part: part % 2, "discrete")],
+)
+def test_columns_of_all_parts_are_judged_when_training_begins(
+    num_parts, num, value, what
+):
+    inference = make()
+    for part in range(num_parts):
+        theta, x = simulate(num)
+        theta[:, 1] = value(part)
+        inference.append_simulations(theta, x)
+    with pytest.raises(ValueError, match=rf"Column\(s\) \[1\] of theta are {what}"):
+        inference.train(max_num_epochs=1)
+    assert inference._neural_net is None
+    inference.append_simulations(*simulate())
+    inference.train(max_num_epochs=1)
+    assert len(inference.train_indices) + len(inference.val_indices) == 280
+    assert_trained(inference)
+
+
+def test_columns_are_judged_over_the_rounds_that_a_training_uses():
+    inference = train(*simulate(100))
+    networks, validation = inference._neural_net, inference.val_indices
+    proposal = inference.build_posterior().set_default_x(torch.zeros(1, 2))
+    theta, x = simulate(100)
+    theta[:, 1] = 0.5
+    inference.append_simulations(theta, x, proposal=proposal)
+    with pytest.raises(ValueError, match=r"Column\(s\) \[1\] of theta are constant"):
+        inference.train(max_num_epochs=1, discard_prior_samples=True)
+    assert inference._neural_net is networks
+    assert inference.val_indices is validation
+    inference.train(max_num_epochs=1)
+    assert_trained(inference)
+
+
+def test_copied_parameters_are_told_where_training_was_called():
+    theta, x = simulate()
+    inference = make().append_simulations(theta[:, :1].repeat(1, 2), x)
+    with pytest.warns(UserWarning, match="theta are the same") as caught:
+        inference.train(max_num_epochs=1)
+    told = [each for each in caught if "are the same" in str(each.message)]
+    assert [each.filename for each in told] == [__file__]
 
 
 def test_parameters_beyond_the_prior():

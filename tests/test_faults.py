@@ -140,8 +140,8 @@ def test_parameters_in_units_that_differ(flow, with_prior):
 def test_parameters_with_an_offset_beyond_single_precision():
     theta, x = simulate()
     with pytest.raises(ValueError, match=r"Column\(s\) \[1\] of theta vary by.*offset"):
-        make(None).append_simulations(theta + torch.tensor([0.0, 1e7]), x)
-    make(None).append_simulations(theta + torch.tensor([0.0, 1e3]), x)
+        train(make(None), 2, data=(theta + torch.tensor([0.0, 1e7]), x))
+    train(make(None), 2, data=(theta + torch.tensor([0.0, 1e3]), x))
 
 
 def test_fewer_simulations_than_a_batch():

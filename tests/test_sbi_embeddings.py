@@ -371,13 +371,15 @@ def test_a_hundred_parameters():
 def test_discrete_columns_of_theta(column, is_discrete):
     theta = torch.stack((torch.randn(500), column(500)), 1)
     inference = JeffreysNPE(tracker=NoTracker(), show_progress_bars=False)
+    inference.append_simulations(theta, torch.randn(500, 2))
     if is_discrete:
         with pytest.raises(ValueError, match=r"Column\(s\) \[1\].*discrete.*MNPE"):
-            inference.append_simulations(theta, torch.randn(500, 2))
+            inference.train()
     else:
-        inference.append_simulations(theta, torch.randn(500, 2))
+        inference.get_dataloaders()  # columns are judged here, without a training
 
 
 def test_a_few_simulations_are_not_called_discrete():
     inference = JeffreysNPE(tracker=NoTracker(), show_progress_bars=False)
     inference.append_simulations(torch.randn(3, 2), torch.randn(3, 2))
+    inference.get_dataloaders()
