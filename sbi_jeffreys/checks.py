@@ -56,6 +56,24 @@ def check_simulations(theta: Any, x: Any) -> None:
         )
 
 
+def check_same_shape(x: Tensor, x_before: Tensor) -> None:
+    """Raise if outputs are not such as those that were appended before.
+
+    Args:
+        x: Simulation outputs of shape `(num_simulations, *features)`.
+        x_before: Some of those before.
+
+    Raises:
+        ValueError: If their features differ in shape.
+    """
+    if x.shape[1:] != x_before.shape[1:]:
+        raise ValueError(
+            f"x has features of shape {tuple(x.shape[1:])}, but the simulations that "
+            f"were appended before have {tuple(x_before.shape[1:])}. Together they "
+            "cannot be trained on: give all simulations the same outputs."
+        )
+
+
 def check_columns(theta: Tensor) -> None:
     """Raise or warn where parameters have no density, or none in single precision.
 

@@ -40,7 +40,12 @@ from sbi_jeffreys.averaging import WeightAverage
 from sbi_jeffreys.base_scale import fit_scale, give_scale, scaled_bases
 from sbi_jeffreys.best import Best
 from sbi_jeffreys.candidates import FlowCandidates, build_candidates
-from sbi_jeffreys.checks import check_columns, check_prior, check_simulations
+from sbi_jeffreys.checks import (
+    check_columns,
+    check_prior,
+    check_same_shape,
+    check_simulations,
+)
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.energy_builder import EnergyBuilder, energy_nn
 from sbi_jeffreys.epoch_metrics import (
@@ -298,9 +303,12 @@ class JeffreysNPE(NPE):
 
         Raises:
             ValueError: If parameters are not finite, have another dimension than the
-                prior, or are not as many as simulations.
+                prior, or are not as many as simulations, or if outputs have another
+                shape than those appended before.
         """
         check_simulations(theta, x)
+        if self._x_roundwise and isinstance(x, Tensor):
+            check_same_shape(x, self._x_roundwise[0])
         if proposal is None:
             check_prior(self._prior, theta, self._device)
         parts = (

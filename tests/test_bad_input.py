@@ -205,6 +205,18 @@ def test_parameters_beyond_the_prior():
 # ----------------------------------------------------------------------------- shapes
 
 
+def test_outputs_of_another_shape_than_before_are_not_taken():
+    theta, x = simulate(100)
+    inference = make().append_simulations(theta, x)
+    with pytest.raises(
+        ValueError, match=r"features of shape \(3,\).* before have \(2,"
+    ):
+        inference.append_simulations(theta, torch.cat((x, x[:, :1]), 1))
+    inference.append_simulations(theta + 0.01, x)
+    inference.train(max_num_epochs=1)
+    assert len(inference.train_indices) + len(inference.val_indices) == 200
+
+
 def test_one_parameter_without_its_dimension():
     theta, x = simulate()
     with pytest.raises(ValueError, match=r"got \(200,\).*theta.reshape\(-1, 1\)"):
