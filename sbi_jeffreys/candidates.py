@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from sbi_jeffreys.flow import sample_and_log_prob
-from sbi_jeffreys.residual_flow import build_residual_flow
+from sbi_jeffreys.residual_flow import ResidualFlow, build_residual_flow
 from sbi_jeffreys.screening import SelectOutputs, informative_outputs
 
 
@@ -128,3 +128,25 @@ def build_candidates(
         embedding = nn.Identity() if outputs is None else SelectOutputs(outputs)
         builders.append(posterior_nn("nsf", embedding_net=embedding))
     return FlowCandidates([builder(theta, x) for builder in builders])
+
+
+def log_prob_of_simulations(
+    flow: ConditionalDensityEstimator, theta: Tensor, x: Tensor
+) -> Tensor:
+    r"""Return $\log p(\theta \mid x)$ where the first parameters are the simulations'.
+
+    In training a flow of residuals takes them as its loss does.
+
+    Args:
+        flow: Any flow.
+        theta: Parameters of shape `(sample_dim, batch_dim, *input_shape)`.
+        x: Simulation outputs of shape `(batch_dim, *condition_shape)`.
+
+    Returns:
+        Of shape `(sample_dim, batch_dim)`.
+    """
+    if isinstance(flow, FlowCandidates):
+        flow = flow.flow
+    if isinstance(flow, ResidualFlow):
+        return flow.log_prob(theta, x, first_is_own=True)
+    return flow.log_prob(theta, x)

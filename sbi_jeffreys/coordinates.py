@@ -8,6 +8,20 @@ is standard normal given any $x$, and nothing is left to learn; elsewhere the ne
 learn what the regression leaves. From few simulations that is a better start than
 $\theta$ itself, and the regression is known in closed form. Parameters whose prior is
 bounded on one side only enter by the logarithm of their distance to the bound.
+
+A regression is nearer to the simulations that it was fitted to than to any others, the
+more so the fewer there are. Networks that learn from its residuals at the same
+simulations would be too sure at all others. While they learn, the residual of a
+simulation's own parameters is therefore that of the regression without it,
+
+.. math:: z_j - \hat z_{-j} = \frac{z_j - \hat z_j}{1 - h_j}, \qquad
+    h_j = \tfrac1n + \tilde\varphi_j^\top (\tilde\Phi^\top \tilde\Phi + \alpha I)^{-1}
+    \tilde\varphi_j
+
+with the centred features $\tilde\varphi$ and the ridge penalty $\alpha$ [1].
+
+[1] G. Golub, M. Heath, G. Wahba, "Generalized Cross-Validation as a Method for
+Choosing a Good Ridge Parameter", Technometrics 21, 1979.
 """
 
 from typing import Any, Optional
@@ -25,6 +39,9 @@ from sbi_jeffreys.features import MAX_SIMULATIONS, Features
 PENALTIES = np.logspace(-2, 5, 22)
 # The regression is not asked to go farther than the parameters went.
 MAX_PREDICTION = 5.0
+# A simulation that the regression goes through says nothing of how far it is from
+# others.
+MAX_LEVERAGE = 0.95
 
 
 class ResidualCoordinates(nn.Module):
@@ -35,8 +52,13 @@ class ResidualCoordinates(nn.Module):
         x: Simulation outputs of shape `(num_simulations, *condition_shape)`.
         features: Features of `x`.
         prior: The prior, for the bounds of its support.
+
+    Attributes:
+        holds_out: Whether networks learn from the simulations that the regression was
+            fitted to.
     """
 
+    holds_out: bool = False
     lower: Tensor
     mean: Tensor
     scale: Tensor
@@ -44,6 +66,9 @@ class ResidualCoordinates(nn.Module):
     bias: Tensor
     cholesky: Tensor
     whitening: Tensor
+    center: Tensor
+    directions: Tensor
+    leverages: Tensor
 
     def __init__(
         self,
@@ -75,7 +100,10 @@ class ResidualCoordinates(nn.Module):
         bias = np.broadcast_to(regression.intercept_, (num_parameters,)).copy()
         self.register_buffer("weight", torch.from_numpy(weight).to(theta))
         self.register_buffer("bias", torch.from_numpy(bias).to(theta))
-        residuals = (z - self.predict(inputs)).double()
+        penalties = np.broadcast_to(regression.alpha_, (num_parameters,)).copy()
+        self._keep_leverages(inputs, torch.from_numpy(penalties).to(inputs.device))
+        residuals = (z - self.predict(inputs)) / (1 - self.leverage(inputs))
+        residuals = residuals.double()
         covariance = torch.atleast_2d(torch.cov(residuals.T))
         identity = torch.eye(num_parameters).to(covariance)
         cholesky = torch.linalg.cholesky(covariance + 1e-6 * identity)
@@ -105,24 +133,49 @@ class ResidualCoordinates(nn.Module):
         prediction = features @ self.weight.T + self.bias
         return prediction.clamp(-MAX_PREDICTION, MAX_PREDICTION)
 
-    def residual(self, z: Tensor, features: Tensor) -> Tensor:
+    def leverage(self, features: Tensor) -> Tensor:
+        r"""Return how far a simulation draws the regression to itself, $h$.
+
+        Args:
+            features: Features of shape `(batch_dim, num_features)`.
+
+        Returns:
+            Of shape `(batch_dim, num_parameters)`, as each has its own penalty.
+        """
+        squares = ((features - self.center) @ self.directions).square()
+        return (squares @ self.leverages[1:] + self.leverages[0]).clamp_max(
+            MAX_LEVERAGE
+        )
+
+    def residual(
+        self, z: Tensor, features: Tensor, first_is_own: bool = False
+    ) -> Tensor:
         r"""Return $u = L^{-1} (z - A \varphi - a)$ of the shape of `z`.
 
         Args:
             z: Standardised parameters of shape `(..., batch_dim, num_parameters)`.
             features: Features of shape `(batch_dim, num_features)`.
+            first_is_own: Whether the first parameters are those of the simulations
+                themselves. In training, where the regression was fitted to these
+                (`holds_out`), their residuals are those of one without them.
         """
         residual = z - self.predict(features)
+        if first_is_own and self.training and self.holds_out:
+            own = residual[:1] / (1 - self.leverage(features))
+            residual = torch.cat((own, residual[1:]))
         return residual @ self.whitening.T
 
-    def forward(self, theta: Tensor, features: Tensor) -> Tensor:
+    def forward(
+        self, theta: Tensor, features: Tensor, first_is_own: bool = False
+    ) -> Tensor:
         r"""Return $u(\theta, x)$ of the shape of `theta`.
 
         Args:
             theta: Parameters of shape `(..., batch_dim, num_parameters)`.
             features: Features of shape `(batch_dim, num_features)`.
+            first_is_own: As for `residual`.
         """
-        return self.residual(self.standardize(theta), features)
+        return self.residual(self.standardize(theta), features, first_is_own)
 
     def inverse(self, u: Tensor, features: Tensor) -> Tensor:
         r"""Return $\theta(u, x)$ of the shape of `u`.
@@ -147,6 +200,23 @@ class ResidualCoordinates(nn.Module):
         logs = torch.where(lower.isnan(), 0.0, self._unbounded(theta))
         return -cholesky.diagonal().log().sum() - scale.log().sum() - logs.sum(-1)
 
+    def _keep_leverages(self, inputs: Tensor, penalties: Tensor) -> None:
+        r"""Keep what `leverage` needs, $\tilde\Phi^\top \tilde\Phi$ by its axes.
+
+        Args:
+            inputs: Features of the simulations, `(num_simulations, num_features)`.
+            penalties: $\alpha$ of every parameter, `(num_parameters,)`.
+        """
+        center = inputs.double().mean(0)
+        _, singular_values, directions = torch.linalg.svd(
+            inputs.double() - center, full_matrices=False
+        )
+        inverse = 1 / (singular_values.square()[:, None] + penalties)
+        mean = torch.full_like(inverse[:1], 1 / len(inputs))  # that of the intercept
+        self.register_buffer("center", center.to(inputs))
+        self.register_buffer("directions", directions.T.to(inputs).contiguous())
+        self.register_buffer("leverages", torch.cat((mean, inverse)).to(inputs))
+
     def _unbounded(self, theta: Tensor) -> Tensor:
         lower = self.lower
         # Parameters at or below the bound have no logarithm; the floor keeps gradients
@@ -154,3 +224,15 @@ class ResidualCoordinates(nn.Module):
         tiny = torch.finfo(theta.dtype).tiny
         distance = torch.where(lower.isnan(), 1.0, theta - lower).clamp_min(tiny)
         return torch.where(lower.isnan(), theta, distance.log())
+
+
+def hold_out(networks: nn.Module, holds_out: bool) -> None:
+    """Say whether networks learn from the simulations that they were built with.
+
+    Args:
+        networks: Networks, of whose `ResidualCoordinates` it is said.
+        holds_out: Whether they do.
+    """
+    for module in networks.modules():
+        if isinstance(module, ResidualCoordinates):
+            module.holds_out = holds_out

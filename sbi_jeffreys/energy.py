@@ -84,7 +84,8 @@ class EnergyNet(nn.Module):
         r"""Return $f_\psi(\theta, x)$ of shape `(sample_dim, batch_dim)`.
 
         Args:
-            theta: Parameters of shape `(sample_dim, batch_dim, theta_numel)`.
+            theta: Parameters of shape `(sample_dim, batch_dim, theta_numel)`. In
+                training, the first are those of the simulations with these outputs.
             x: Conditions of shape `(batch_dim, *condition_shape)`.
         """
         features = self.features(x)
@@ -92,7 +93,7 @@ class EnergyNet(nn.Module):
             features if self.embedding_net is None else self.embedding_net(x).flatten(1)
         )
         z = self.coordinates.standardize(theta)
-        u = self.coordinates.residual(z, features)
+        u = self.coordinates.residual(z, features, first_is_own=self.training)
         inputs = _saturate(torch.cat((z, u), -1))
         hidden = self.theta_layer(inputs) + self.x_layer(embedded)
         for block in self.blocks:

@@ -230,6 +230,8 @@ class IndependentLikelihood(nn.Module):
     def forward(self, z: Tensor, y: Tensor, categories: Tensor) -> Tensor:
         r"""Return $\log \ell$ of shape `(sample_dim, batch_dim)`.
 
+        In training, parameters and scores must be of the same simulations.
+
         Args:
             z: Standardised parameters, `(sample_dim, batch_dim, num_parameters)`.
             y: Scores of shape `(batch_dim, num_scores)`.
@@ -247,7 +249,13 @@ class IndependentLikelihood(nn.Module):
     def _of_scores(self, features: Tensor, hidden: Tensor, y: Tensor) -> Tensor:
         coordinates = cast(ResidualCoordinates, self.coordinates)
         # Whitening is linear: of the scores it is done once, not for every parameter.
-        u = (coordinates.standardize(y) - coordinates.bias) @ coordinates.whitening.T
+        y = coordinates.standardize(y) - coordinates.bias
+        u = y @ coordinates.whitening.T
+        if self.training and coordinates.holds_out:
+            # To the residuals of a regression without the simulation itself.
+            leverage = coordinates.leverage(features)
+            residual = y - features @ coordinates.weight.T
+            u = u + (residual * leverage / (1 - leverage)) @ coordinates.whitening.T
         return self._student(features, hidden).log_prob(u).sum(-1)
 
     def _student(self, features: Tensor, hidden: Tensor) -> StudentT:

@@ -28,6 +28,7 @@ import torch
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from torch import Tensor
 
+from sbi_jeffreys.candidates import log_prob_of_simulations
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.flow import rsample_and_log_prob, score
 from sbi_jeffreys.moves import metropolis_moves
@@ -362,7 +363,8 @@ class JeffreysObjective:
         Returns:
             $-\log p(\theta \mid x)$ and $\mathrm{KL}(q \Vert p)$, `(batch_dim,)`.
         """
-        log_p = flow.log_prob(torch.cat((theta.unsqueeze(0), samples.theta)), x)
+        points = torch.cat((theta.unsqueeze(0), samples.theta))
+        log_p = log_prob_of_simulations(flow, points, x)
         return -log_p[0], (samples.log_prob - log_p[1:]).mean(0)
 
     @torch.no_grad()

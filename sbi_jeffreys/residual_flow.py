@@ -49,25 +49,36 @@ class ResidualFlow(ConditionalDensityEstimator):
         """Return the features, which stand where an embedding network would."""
         return self.features
 
-    def log_prob(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
+    def log_prob(
+        self,
+        input: Tensor,
+        condition: Tensor,
+        first_is_own: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
         r"""Return $\log p(\theta \mid x)$ of shape `(sample_dim, batch_dim)`.
 
         Args:
             input: Parameters of shape `(sample_dim, batch_dim, *input_shape)`.
             condition: Conditions of shape `(batch_dim, *condition_shape)`.
+            first_is_own: Whether the first parameters are those of the simulations
+                that have these outputs, see `ResidualCoordinates.residual`.
         """
         features = self.features(condition)
-        log_prob = self.flow.log_prob(self.coordinates(input, features), features)
+        u = self.coordinates(input, features, first_is_own)
+        log_prob = self.flow.log_prob(u, features)
         return log_prob + self.coordinates.log_abs_det(input)
 
     def loss(self, input: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
         r"""Return $-\log p(\theta \mid x)$ of shape `(batch_dim,)`.
 
+        In training that of simulations, see `ResidualCoordinates.residual`.
+
         Args:
             input: Parameters of shape `(batch_dim, *input_shape)`.
             condition: Conditions of shape `(batch_dim, *condition_shape)`.
         """
-        return -self.log_prob(input.unsqueeze(0), condition)[0]
+        return -self.log_prob(input.unsqueeze(0), condition, first_is_own=True)[0]
 
     def sample(
         self, sample_shape: torch.Size, condition: Tensor, **kwargs: Any

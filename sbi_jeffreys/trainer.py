@@ -46,6 +46,7 @@ from sbi_jeffreys.checks import (
     check_same_shape,
     check_simulations,
 )
+from sbi_jeffreys.coordinates import hold_out
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.energy_builder import EnergyBuilder, energy_nn
 from sbi_jeffreys.epoch_metrics import (
@@ -633,6 +634,16 @@ class JeffreysNPE(NPE):
             self._built_with = record_built_with(self, start_idx, random)
             self._warn_of_screening()
 
+    @property
+    def _was_built_with_these(self) -> bool:
+        """Whether the networks were built with the simulations of this training."""
+        built_with = self._built_with
+        return (
+            built_with["num_parts"] == len(self._theta_roundwise)
+            and built_with["starting_round"] == self._starting_round
+            and torch.equal(built_with["indices"], self.train_indices)
+        )
+
     def _warn_of_screening(self) -> None:
         """Say that the networks leave outputs out."""
         outputs = outputs_taken(self._estimator)
@@ -687,6 +698,7 @@ class JeffreysNPE(NPE):
             self._weights.start_round()
         assert isinstance(loss_args, LossArgsNPE)
         self._losses = self._make_losses(loss_args)
+        hold_out(self._estimator, self._was_built_with_these)
         num_epochs = len(self._summary["validation_loss"])
         num_trainings = len(self._summary["epochs_trained"])
         while True:

@@ -7,7 +7,7 @@ from helpers import LinearGaussianFlow, flat_gradient
 from sbi.inference import NPE
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from sbi.utils import BoxUniform, MultipleIndependent
-from sklearn.linear_model import LinearRegression
+from sklearn.linear_model import LinearRegression, Ridge, RidgeCV
 from torch.distributions import (
     Exponential,
     HalfNormal,
@@ -16,7 +16,7 @@ from torch.distributions import (
     Normal,
 )
 
-from sbi_jeffreys.coordinates import ResidualCoordinates
+from sbi_jeffreys.coordinates import PENALTIES, ResidualCoordinates, hold_out
 from sbi_jeffreys.features import Features
 from sbi_jeffreys.flow import score
 from sbi_jeffreys.residual_flow import ResidualFlow, build_residual_flow
@@ -58,6 +58,55 @@ def test_predictions_are_scikit_learns():
     expected = LinearRegression().fit(features.numpy(), z).predict(features.numpy())
     # Of 2,000 simulations the ridge penalty takes next to nothing.
     assert np.abs(coordinates.predict(features).numpy() - expected).mean() < 0.01
+
+
+def test_residuals_of_simulations_in_training_are_those_of_a_regression_without_them():
+    prior, theta, x, _ = linear_simulations(num=40)
+    coordinates, features = coordinates_of(theta, x, prior)
+    z = coordinates.standardize(theta)
+    coordinates.holds_out = True
+    u = coordinates(theta[None], features, first_is_own=True)[0]
+    penalties = RidgeCV(alphas=PENALTIES * 40 / 1000, alpha_per_target=True)
+    penalties = penalties.fit(features.numpy(), z.numpy()).alpha_
+    for j in (0, 7, 39):
+        others = np.arange(40) != j
+        left_out = [
+            z[j, k]
+            - Ridge(penalty)
+            .fit(features[others].numpy(), z[others, k].numpy())
+            .predict(features[j : j + 1].numpy())
+            .item()
+            for k, penalty in enumerate(penalties)
+        ]
+        expected = torch.stack(left_out).float() @ coordinates.whitening.T
+        assert torch.allclose(u[j], expected, atol=1e-3)
+    # Other parameters at the same outputs have the residuals of the whole regression,
+    # and so have all in evaluation or where the regression is of other simulations.
+    both = torch.stack((theta, theta))
+    coordinates_of_both = coordinates(both, features, first_is_own=True)
+    assert torch.equal(coordinates_of_both[0], u)
+    plain = coordinates(both, features)
+    assert torch.equal(coordinates_of_both[1], plain[1])
+    coordinates.eval()
+    assert torch.equal(coordinates(both, features, first_is_own=True), plain)
+    coordinates.train()
+    hold_out(coordinates, False)
+    assert torch.equal(coordinates(both, features, first_is_own=True), plain)
+
+
+def test_held_out_residuals_spread_as_those_of_fresh_simulations():
+    prior, theta, x, _ = linear_simulations(num=4060)
+    noise = torch.randn(len(x), 17)  # as many features as tell the two apart
+    x = torch.cat((x, noise), 1)
+    coordinates, features = coordinates_of(theta[:60], x[:60], prior)
+    coordinates.holds_out = True
+    own = coordinates(theta[None, :60], features, first_is_own=True)[0]
+    in_sample = coordinates(theta[:60], features)
+    fresh = coordinates(theta[60:], Features(x[:60])(x[60:]))
+    assert in_sample.square().mean() < 0.75 * fresh.square().mean()
+    # The mean square of 180 numbers, with the standard error 0.105 of its logarithm.
+    ratio = own.square().mean() / fresh.square().mean()
+    assert abs(ratio.log()) < 4 * 0.105
 
 
 def test_inverse_undoes_the_coordinates():

@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers import grid, log_integral
 from scipy import stats
+from sklearn.linear_model import Ridge, RidgeCV
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 
-from sbi_jeffreys.coordinates import ResidualCoordinates
+from sbi_jeffreys.coordinates import PENALTIES, ResidualCoordinates, hold_out
 from sbi_jeffreys.features import MIN_DISTINCT, Features
 from sbi_jeffreys.likelihood import (
     MAX_LOG_LIKELIHOOD,
@@ -111,6 +112,34 @@ def test_it_starts_as_student_t_about_the_ridge_regression():
         expected[s, b] = stats.t.logpdf(u, 8).sum()
     assert expected.std(0).mean() > 0.5 and expected.std(1).mean() > 0.5
     np.testing.assert_allclose(log_l, expected, atol=0.05)
+
+
+def test_in_training_a_simulation_is_judged_by_a_regression_without_it():
+    theta, x = simulations(60)
+    surrogates = build(theta, x)
+    member, coordinates = independent(surrogates)
+    hold_out(surrogates, True)
+    with torch.no_grad():
+        loss = surrogates.loss(theta, x, 0)
+        surrogates.eval()
+        in_sample = surrogates.loss(theta, x, 0)
+        y, _ = surrogates.outputs(x)
+        z = surrogates.coordinates.standardize(theta)
+        phi = member.features(10 * torch.tanh(z / 10))
+    y = coordinates.standardize(y).double().numpy()
+    phi, whitening = phi.double().numpy(), coordinates.whitening.double().numpy()
+    penalties = RidgeCV(alphas=PENALTIES * 60 / 1000, alpha_per_target=True)
+    penalties = penalties.fit(phi, y).alpha_
+    for j in (0, 31, 59):
+        others = np.arange(60) != j
+        location = [
+            Ridge(penalty).fit(phi[others], y[others, k]).predict(phi[j : j + 1]).item()
+            for k, penalty in enumerate(penalties)
+        ]
+        expected = -stats.t.logpdf(whitening @ (y[j] - location), 8).sum()
+        assert loss[j].item() == pytest.approx(expected, abs=2e-3)
+    # Without it, it is farther away.
+    assert loss.mean() > in_sample.mean() + 0.1
 
 
 def test_location_scale_and_tails_are_those_of_scipy():

@@ -31,11 +31,14 @@ from sbi_jeffreys import (
     FixedWeights,
     JeffreysEstimator,
     JeffreysNPE,
+    JeffreysObjective,
     NoTracker,
     QuadraticRelaxation,
     RefinedPosterior,
     energy_nn,
 )
+from sbi_jeffreys.coordinates import ResidualCoordinates
+from sbi_jeffreys.objective import ProxySamples
 from sbi_jeffreys.stages import Stage
 
 # What sbi and this library say where nothing is wrong.
@@ -495,6 +498,49 @@ def test_resumed_training_goes_on():
     assert flow[3] == summary["validation_loss"][flow[1]]
     assert inference.weights.updates == 6  # the duals go on, too
     assert isinstance(estimator, JeffreysEstimator)
+
+
+def holds_out(inference):
+    """Return whether simulations are taken out of the regressions that they are in."""
+    modules = inference._estimator.modules()
+    (said,) = {m.holds_out for m in modules if isinstance(m, ResidualCoordinates)}
+    return said
+
+
+def test_only_simulations_of_the_regression_are_taken_out_of_it(tmp_path):
+    inference = make(density_estimator="maf")
+    train(inference, max_num_epochs=1)
+    assert holds_out(inference)
+    inference.save(tmp_path / "training.pt")
+    loaded = make(density_estimator="maf").load(tmp_path / "training.pt")
+    loaded.train(resume_training=True, max_num_epochs=2)
+    assert holds_out(loaded)
+    # Another split, or more simulations: not all are in the regression.
+    again = {"max_num_epochs": 1, "force_first_round_loss": True}
+    inference.train(**again)
+    assert not holds_out(inference)
+    train(inference, num=50, **again)
+    assert not holds_out(inference)
+    inference.train(retrain_from_scratch=True, **again)
+    assert holds_out(inference)
+
+
+def test_a_following_flow_learns_simulations_as_by_its_loss():
+    inference = make(density_estimator="maf")
+    theta, x = simulate(30)
+    flow = train(inference, data=(theta, x), max_num_epochs=1).flow.train()
+    samples = ProxySamples(
+        theta[None] + 0.1, torch.zeros(1, 30), torch.zeros(30), torch.ones(30)
+    )
+    with torch.no_grad():
+        forward_kl, to_proxy = JeffreysObjective().forward_kls_of_flow(
+            flow, theta, x, samples
+        )
+        assert torch.allclose(forward_kl, flow.loss(theta, x), atol=1e-5)
+        log_p = flow.log_prob(samples.theta, x)[0]
+        assert torch.allclose(to_proxy, -log_p, atol=1e-5)
+        in_sample = -flow.log_prob(theta[None], x)[0]
+        assert (forward_kl - in_sample).abs().max() > 0.01
 
 
 def test_a_second_training_needs_to_be_asked_for():
