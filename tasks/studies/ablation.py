@@ -89,9 +89,18 @@ class UnscaledJeffreysNPE(JeffreysNPE):
 
 # Those "without likelihoods" have a proxy that is one energy network: what its network,
 # the flow and the schedule are worth was measured with them.
+class InSampleJeffreysNPE(JeffreysNPE):
+    """JeffreysNPE that learns from residuals as the regression was fitted to them."""
+
+    @property
+    def _was_built_with_these(self) -> bool:
+        return False
+
+
 VARIANTS: dict[str, Variant] = {
     "jeffreys": Variant(JeffreysNPE),
     "without the flow's scale": Variant(UnscaledJeffreysNPE),
+    "residuals in sample": Variant(InSampleJeffreysNPE),
     "jeffreys, fast": Variant(JeffreysNPE, lambda: {"preset": "fast"}),
     "without likelihoods": _without_likelihoods(),
     "without likelihoods, maf": _without_likelihoods(density_estimator="maf"),
