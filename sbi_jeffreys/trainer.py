@@ -725,7 +725,9 @@ class JeffreysNPE(NPE):
                 "Maximum number of epochs: all stages share `max_num_epochs="
                 f"{self._max_num_epochs}`, and models still improved when it ended "
                 f"these: {', '.join(stages)}. Give more epochs, or none to let "
-                "every stage end by itself.",
+                "every stage end by itself: train(retrain_from_scratch=True, "
+                "force_first_round_loss=True). A training that is resumed goes on in "
+                "its last stage alone.",
                 stacklevel=5,
             )
         if self._num_skipped_steps:
