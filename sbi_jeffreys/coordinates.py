@@ -24,7 +24,7 @@ with the centred features $\tilde\varphi$ and the ridge penalty $\alpha$ [1].
 Choosing a Good Ridge Parameter", Technometrics 21, 1979.
 """
 
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 import numpy as np
 import torch
@@ -92,19 +92,13 @@ class ResidualCoordinates(nn.Module):
         self.register_buffer("scale", torch.where(scale > 0, scale, 1.0))
         z = (z - self.mean) / self.scale
         inputs = features(x)
-        regression: Any = RidgeCV(
-            alphas=PENALTIES * len(theta) / 1000, alpha_per_target=True
-        ).fit(inputs.cpu().numpy(), z.cpu().numpy())
-        num_parameters = theta.shape[1]
-        weight = np.reshape(regression.coef_, (num_parameters, -1))
-        bias = np.broadcast_to(regression.intercept_, (num_parameters,)).copy()
-        self.register_buffer("weight", torch.from_numpy(weight).to(theta))
-        self.register_buffer("bias", torch.from_numpy(bias).to(theta))
-        penalties = np.broadcast_to(regression.alpha_, (num_parameters,)).copy()
-        self._keep_leverages(inputs, torch.from_numpy(penalties).to(inputs.device))
+        weight, bias, penalties = _ridge_regression(inputs, z)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self._keep_leverages(inputs, penalties)
         residuals = (z - self.predict(inputs)) / (1 - self.leverage(inputs))
-        residuals = residuals.double()
-        covariance = torch.atleast_2d(torch.cov(residuals.T))
+        covariance = torch.atleast_2d(torch.cov(residuals.double().T))
+        num_parameters = theta.shape[1]
         identity = torch.eye(num_parameters).to(covariance)
         cholesky = torch.linalg.cholesky(covariance + 1e-6 * identity)
         whitening = torch.linalg.solve_triangular(cholesky, identity, upper=False)
@@ -212,7 +206,7 @@ class ResidualCoordinates(nn.Module):
             inputs.double() - center, full_matrices=False
         )
         inverse = 1 / (singular_values.square()[:, None] + penalties)
-        mean = torch.full_like(inverse[:1], 1 / len(inputs))  # that of the intercept
+        mean = torch.full_like(penalties, 1 / len(inputs))[None]  # of the intercept
         self.register_buffer("center", center.to(inputs))
         self.register_buffer("directions", directions.T.to(inputs).contiguous())
         self.register_buffer("leverages", torch.cat((mean, inverse)).to(inputs))
@@ -224,6 +218,36 @@ class ResidualCoordinates(nn.Module):
         tiny = torch.finfo(theta.dtype).tiny
         distance = torch.where(lower.isnan(), 1.0, theta - lower).clamp_min(tiny)
         return torch.where(lower.isnan(), theta, distance.log())
+
+
+def _ridge_regression(inputs: Tensor, z: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Return weights, intercepts and penalties of the regression of every column.
+
+    Args:
+        inputs: Features of shape `(num_simulations, num_features)`.
+        z: Standardised parameters of shape `(num_simulations, num_parameters)`.
+
+    Returns:
+        Of shapes `(num_parameters, num_features)`, and twice `(num_parameters,)`.
+    """
+    num_parameters = z.shape[1]
+    if inputs.shape[1] == 0:
+        weight = z.new_zeros(num_parameters, 0)
+        return weight, z.mean(0), torch.ones_like(z[0], dtype=torch.double)
+    regression: Any = RidgeCV(
+        alphas=PENALTIES * len(z) / 1000, alpha_per_target=True
+    ).fit(inputs.cpu().numpy(), z.cpu().numpy())
+    weight = np.reshape(regression.coef_, (num_parameters, -1))
+    # Of a single parameter they are numbers.
+    bias, penalties = (
+        np.broadcast_to(values, (num_parameters,)).copy()
+        for values in (regression.intercept_, regression.alpha_)
+    )
+    return (
+        torch.from_numpy(weight).to(z),
+        torch.from_numpy(bias).to(z),
+        torch.from_numpy(penalties).to(z.device),
+    )
 
 
 def hold_out(networks: nn.Module, holds_out: bool) -> None:

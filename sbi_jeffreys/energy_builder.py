@@ -2,6 +2,7 @@
 
 from typing import Callable, Literal, Optional, Protocol
 
+import torch
 from sbi.neural_nets.net_builders.classifier import build_z_scored_embedding_net
 from sbi.utils.nn_utils import check_net_device, get_numel
 from sbi.utils.user_input_checks import check_data_device
@@ -16,6 +17,10 @@ from sbi_jeffreys.features import Features, num_values
 from sbi_jeffreys.likelihood import SurrogateLikelihoods, has_likelihood
 from sbi_jeffreys.pooled_energy import PooledEnergy
 from sbi_jeffreys.screening import informative_outputs
+
+# An embedding network of more outputs is to make something of them. Their regression
+# would take minutes, and their scores longer than the network.
+MAX_REGRESSED_OUTPUTS = 1000
 
 ZScore = Optional[Literal["independent", "structured", "none"]]
 
@@ -66,7 +71,8 @@ def energy_nn(
             the condition enters by its `Features`, of those outputs that say
             something, see `sbi_jeffreys.screening`.
         embedding_net: Embedding network for simulation outputs. Give the object that
-            `posterior_nn` was given to share it with the flow, or one of its own.
+            `posterior_nn` was given to share it with the flow, or one of its own. Up
+            to a thousand outputs also enter by their regression, as without one.
         base_measure: Base measure $b(\theta)$. With `"prior"` the proxy has the
             prior's support and shape; `"lebesgue"` is the plain energy-based model.
         likelihood: Whether surrogates of the likelihood are factors of the proxy, see
@@ -99,17 +105,21 @@ def energy_nn(
         theta: Tensor, x: Tensor, prior: Optional[Distribution]
     ) -> ConditionalEnergy:
         check_data_device(theta, x)
-        outputs = informative_outputs(theta, x)
+        is_embedded = not isinstance(embedding_net, nn.Identity)
+        if is_embedded and x[0].numel() > MAX_REGRESSED_OUTPUTS:
+            outputs = torch.empty(0, dtype=torch.long, device=x.device)
+        else:
+            outputs = informative_outputs(theta, x)
         features = Features(x, outputs)
         coordinates = ResidualCoordinates(theta, x, features, prior)
-        if isinstance(embedding_net, nn.Identity):
+        if not is_embedded:
             embedding, x_numel = None, features.numel
         else:
             embedding = build_z_scored_embedding_net(x, z_score_x, embedding_net)
             x_numel = get_numel(x, embedding_net=embedding_net)
         # Without a condition the samples of all batches are behind one Z, which misses
         # no place for long; a bound only slows the network down.
-        is_conditional = bool((num_values(x) > 1).any())
+        is_conditional = is_embedded or bool((num_values(x) > 1).any())
         net = (BoundedEnergyNet if is_conditional else EnergyNet)(
             coordinates,
             features,

@@ -82,7 +82,9 @@ def outputs_taken(networks: nn.Module) -> Optional[Tensor]:
     screened = (
         module.outputs
         for module in networks.modules()
-        if isinstance(module, Features) and module.outputs is not None
+        if isinstance(module, Features)
+        and module.outputs is not None
+        and len(module.outputs) > 0  # else an embedding network takes all
     )
     return next(screened, None)
 

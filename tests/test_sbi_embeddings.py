@@ -274,6 +274,26 @@ def test_other_embedding_networks_of_sbi(name, tmp_path):
     assert len(loaded.summary["stage"]) > num_epochs
 
 
+@pytest.mark.parametrize("simulations", [True, False])
+def test_many_outputs_enter_by_their_embedding_alone(simulations, tmp_path):
+    """Their regression would take minutes."""
+    torch.manual_seed(5)
+    theta = PRIOR.sample((150,))
+    x = theta.repeat(1, 550) + torch.randn(150, 1100)
+    inference = train(theta, x, FCEmbedding(1100, 5), FCEmbedding(1100, 5))
+    net = inference._neural_net.proxy.net
+    assert net.features(x).shape == (150, 0)
+    # Its coordinates are then those of the parameters alone.
+    z = net.coordinates.standardize(theta)
+    u = net.coordinates.residual(z, net.features(x))
+    assert torch.allclose(torch.cov(u.T), torch.eye(2), atol=0.05)
+    inference.save(tmp_path / "training.pt", simulations=simulations)
+    loaded = make(theta, x, FCEmbedding(1100, 5), FCEmbedding(1100, 5))
+    loaded.load(tmp_path / "training.pt")
+    states = [each._neural_net.state_dict() for each in (inference, loaded)]
+    torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (1, 4, 3), (2, 1, 2, 2)])
 def test_x_of_any_shape(shape):
     # The flow needs one for more than one dimension, as in NPE; the proxy flattens.
