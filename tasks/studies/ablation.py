@@ -133,6 +133,20 @@ VARIANTS: dict[str, Variant] = {
     "the flow's stage alone": Variant(
         JeffreysNPE, lambda: {"weights": FixedWeights((1.0, 0.0, 0.0))}
     ),
+    "the flow's stage alone, maf": Variant(
+        JeffreysNPE,
+        lambda: {
+            "density_estimator": "maf",
+            "weights": FixedWeights((1.0, 0.0, 0.0)),
+        },
+    ),
+    "the flow's stage alone, maf, residuals in sample": Variant(
+        InSampleJeffreysNPE,
+        lambda: {
+            "density_estimator": "maf",
+            "weights": FixedWeights((1.0, 0.0, 0.0)),
+        },
+    ),
     "npe, maf": Variant(NPE, lambda: {"density_estimator": "maf"}),
     "npe, nsf": Variant(NPE, lambda: {"density_estimator": "nsf"}),
     "npe, nsf, our learning rate": Variant(
