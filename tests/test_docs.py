@@ -479,11 +479,16 @@ def test_the_readme_says_what_the_rows_say(
     of_task = behind.groupby("task").mean()
     assert set(behind[behind >= 0].index) == {("gaussian_linear", 202), ("sir", 201)}
     assert list(of_task[of_task >= 0].index) == ["gaussian_linear"]
-    assert (
-        f"gaussian_linear (by {behind['gaussian_linear', 202]:.3f}; by "
+    losses = (
+        f"by {behind['gaussian_linear', 202]:.3f}; by "
         f"{of_task['gaussian_linear']:.3f} in the mean) and on sir (by "
         f"{behind['sir', 201]:.3f})"
-    ) in readme
+    )
+    assert f"gaussian_linear ({losses}" in readme
+    assert (
+        "nearer than the flow, too, but with one seed of three on gaussian_linear "
+        f"(behind {losses}"
+    ) in text_of("docs/get_started.md")
     both = unscreened.combine_first(unscaled)
     both = both.loc[both.index.isin(unbounded.index)]
     bounded = both["jeffreys_refined"].groupby("task").mean().mean()
