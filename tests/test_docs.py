@@ -515,6 +515,22 @@ def test_the_readme_says_what_the_rows_of_learning_rate_and_presets_say():
     assert f"is {behind:.2f} nats behind the default's and {ahead:.2f} ahead" in readme
 
 
+def test_what_refined_samples_cost_is_said_alike():
+    rows = re.findall(
+        r"^\|[^|]*\|[^|]*\|[^|]*\| (\d+\.\d\d) \| (\d+\.\d\d) \|$",
+        (ROOT / "docs/speed.md").read_text().split("refined / NPE's |")[1],
+        re.M,
+    )
+    flow, npe = (sorted(map(float, column)) for column in zip(*rows[:3], strict=True))
+    assert (
+        f"{flow[0]:.1f} to {flow[-1]:.1f} times as long as the flow's, and "
+        f"{npe[0]:.1f} to {npe[-1]:.1f} times as long as NPE's"
+    ) in text_of("docs/how_to/refined.md")
+    assert f"[{flow[0]:.0f} to {flow[-1]:.0f} times](how_to/refined.md)" in text_of(
+        "docs/get_started.md"
+    )
+
+
 def test_the_page_on_rounds_says_what_the_rows_say(rounds):
     page = text_of("docs/how_to/rounds.md")
     assert "With every seed, on both tasks, ours was better than `snpe`" in page
