@@ -1,6 +1,7 @@
 """The site builds without a warning, and says what the code and the report say."""
 
 import csv
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from sphinx.util.inventory import InventoryFile
 
 import sbi_jeffreys
+from sbi_jeffreys import diagnostics
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "tasks/reports"
@@ -665,3 +667,17 @@ def test_c2st_agrees_with_scikit_learns_as_the_page_says():
     assert abs(mean.mean()) < 2 * mean.std(ddof=1) / len(mean) ** 0.5
     report = text_of("tasks/reports/c2st_accuracy/report.md")
     assert f"mean absolute {abs(differences).mean():.5f}" in report
+
+
+def test_the_page_on_trust_has_the_thresholds_of_the_checks():
+    page = text_of("docs/how_to/trust.md")
+    assert f"differ by {diagnostics.MIN_DISAGREEMENT} nats or more" in page
+    assert f"shares is {diagnostics.MIN_COVERAGE_ERROR:.0%} or more" in page.replace(
+        " %", "%"
+    )
+    assert diagnostics.MAX_AGREEMENT == 1
+    assert "differ by more than one nat" in page
+    rate = inspect.signature(diagnostics.check_fit).parameters["false_alarm_rate"]
+    assert rate.default == 0.05 and "is 5 % (`false_alarm_rate`)" in page
+    assert f"{100 * rate.default / 3:.1f} % with three" in page
+    assert f"{100 * rate.default / 4:.2f} % with four" in page
