@@ -344,7 +344,7 @@ def calibration_losses() -> str:
 
 
 def calibration() -> str:
-    """Return the error by SBC before flows had a scale, of a default before, and NPE."""
+    """Return the error by SBC of two earlier defaults and of NPE."""
     now, before = (
         {
             (row["task"], row["method"]): float(row["sbc_area"])
