@@ -3,7 +3,8 @@
 Everything random is seeded from what it belongs to: the simulations by (task, budget,
 seed) alone, so that every method is given the same ones; the training likewise, so
 that trainers that split the data as sbi does train and validate on the same
-simulations; the samples by (task, budget, seed, observation).
+simulations; the samples and the scores by (task, budget, seed, observation), so that
+they do not depend on which other rows a unit has.
 """
 
 import contextlib
@@ -308,6 +309,10 @@ class _Run:
         """Return the finished row of one posterior given one observation."""
         key = samples.key
         pair = samples.reference, samples.samples
+        # Densities within the prior's support are normalised with random samples.
+        seed_all_backends(
+            seed_of("scores", key.task, key.budget, key.seed, key.observation)
+        )
         start = time.perf_counter()
         scores: dict[str, Callable[[], float]] = {
             "c2st": lambda: accuracies.joint,
