@@ -10,9 +10,9 @@ Both are sample standard deviations (divided by n − 1), and not given for n = 
 
 The paired view compares a reference method with each peer on the same simulations: the
 difference of a seed is the mean over observations of C2ST(reference) − C2ST(peer), over
-those observations that both have. The 95 % interval of a task is a bootstrap over its
-seeds; that of the mean over tasks is a bootstrap over tasks and, within each, over
-seeds.
+those observations that both have with as many samples. The 95 % interval of a task is
+a bootstrap over its seeds; that of the mean over tasks is a bootstrap over tasks and,
+within each, over seeds.
 """
 
 # pandas' own annotations say of most results that they may be one of several types.
@@ -63,13 +63,14 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         One line per task, budget, method and quantity with the columns `mean` (over
         seeds, of the mean over observations), `std_seeds`, `std_observations`, `rows`
         (that have the quantity), `failed`, `expected` (distinct seeds and observations
-        that any method has for this task and budget), `num_samples` (of a posterior;
-        the least where rows differ), and `best`: whether the mean of C2ST is the least
-        among the methods that have all the expected rows.
+        that any method has for this task and budget), `num_samples` and
+        `most_samples` (of a posterior, the least and the most of its rows),
+        `comparable` and `best`. A mean of C2ST is comparable if it is of all the
+        expected rows, all with as many samples as most methods of this task and budget
+        have (the more, if two numbers are as frequent); the best is the least of
+        those.
     """
-    rows = rows.assign(
-        num_samples=[json.loads(text)["num_samples"] for text in rows["settings"]]
-    )
+    rows = _with_num_samples(rows)
     expected = (
         rows
         .groupby(["task", "budget"])[["seed", "observation"]]
@@ -80,6 +81,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     for cell, group in rows.groupby(CELL, sort=False):
         failed = int((group["status"] == "failed").sum())
         good = group[group["status"] == "ok"]
+        sizes = (good if len(good) else group)["num_samples"]
         for quantity in (*METRICS, *COSTS):
             values = good.pivot_table(
                 index="seed", columns="observation", values=quantity, aggfunc="mean"
@@ -93,15 +95,31 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
                 "std_observations": by_observation.std(ddof=1),
                 "rows": int(values.notna().to_numpy().sum()),
                 "failed": failed,
-                "num_samples": group["num_samples"].min(),
+                "num_samples": sizes.min(),
+                "most_samples": sizes.max(),
             })
     summary = pd.DataFrame(cells).join(expected, on=["task", "budget"])
-    eligible = (summary["quantity"] == "c2st") & (
-        summary["rows"] == summary["expected"]
+    whole = summary[
+        (summary["quantity"] == "c2st")
+        & (summary["rows"] == summary["expected"])
+        & (summary["num_samples"] == summary["most_samples"])
+    ]
+    # `mode` is in ascending order.
+    usual = whole.groupby(["task", "budget"])["num_samples"].transform(
+        lambda sizes: sizes.mode().iloc[-1]
     )
-    least = summary[eligible].groupby(["task", "budget"])["mean"].transform("min")
-    summary["best"] = (summary["mean"] == least.reindex(summary.index)) & eligible
+    comparable = whole[whole["num_samples"] == usual]
+    least = comparable.groupby(["task", "budget"])["mean"].transform("min")
+    summary["comparable"] = summary.index.isin(comparable.index)
+    summary["best"] = summary["mean"] == least.reindex(summary.index)
     return summary
+
+
+def _with_num_samples(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a result table with the number of samples of each posterior."""
+    return rows.assign(
+        num_samples=[json.loads(text)["num_samples"] for text in rows["settings"]]
+    )
 
 
 def paired_differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
@@ -114,11 +132,11 @@ def paired_differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
     Returns:
         One line per peer, budget, task and seed with `difference`, the mean over
         observations of C2ST(reference) − C2ST(peer), negative where the reference is
-        better, and `observations`, the number of observations that both have.
+        better, and `observations`, the number of observations that both have with as
+        many samples.
     """
-    good = rows[rows["status"] == "ok"]
     index = ["budget", "task", "seed"]
-    wide = good.pivot(index=[*index, "observation"], columns="method", values="c2st")
+    wide = _by_method(rows, [*index, "observation", "num_samples"])
     parts = []
     for peer in in_order(wide.columns.drop(reference, errors="ignore")):
         difference = (wide[reference] - wide[peer]).dropna()
@@ -128,6 +146,29 @@ def paired_differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
         parts.append(part.reset_index().assign(peer=peer))
     columns = ["peer", *index, "difference", "observations"]
     return pd.concat(parts)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def count_unequal_pairs(rows: pd.DataFrame, reference: str) -> int:
+    """Return how many rows of peers have other numbers of samples than the reference.
+
+    Args:
+        rows: A result table.
+        reference: The method that the others are compared with.
+    """
+    index = ["budget", "task", "seed", "observation"]
+    pairs, equal = (
+        wide.drop(columns=reference)[wide[reference].notna()].notna().to_numpy().sum()
+        for wide in (
+            _by_method(rows, [*index, *more]) for more in ([], ["num_samples"])
+        )
+    )
+    return int(pairs - equal)
+
+
+def _by_method(rows: pd.DataFrame, index: list[str]) -> pd.DataFrame:
+    """Return C2ST with a column for each method."""
+    good = _with_num_samples(rows[rows["status"] == "ok"])
+    return good.pivot(index=index, columns="method", values="c2st")
 
 
 def summarise_pairs(differences: pd.DataFrame) -> pd.DataFrame:
@@ -315,6 +356,12 @@ def _markdown(
             "published figures (`num_samples` in c2st.csv). A classifier that sees "
             "fewer tells them apart less well: compare such cells with each other."
         )
+    if comparison.apply(_has_other_samples, axis=1).any():
+        parts.append(
+            "§ marks C2ST of other numbers of samples than most methods have there "
+            "(`num_samples` and `most_samples` in c2st.csv); such a cell is never the "
+            "best, and its mean is not comparable."
+        )
     for budget in sorted(comparison["budget"].unique()):
         parts += [
             f"## C2ST at {budget:,} simulations",
@@ -332,7 +379,13 @@ def _markdown(
             f"C2ST of {reference} minus C2ST of the peer on the same simulations and "
             "observations: negative where it is better. With the 95 % bootstrap "
             "interval: over seeds for a task, over tasks and seeds for all tasks. "
-            "`better` counts the seeds with a negative difference.",
+            "`better` counts the seeds with a negative difference."
+            + (
+                f" Left out are {unequal:,} rows of peers whose number of samples is "
+                f"not that of {reference}."
+                if (unequal := count_unequal_pairs(rows, reference))
+                else ""
+            ),
             _pairs_table(pairs),
             "![Paired differences](paired_differences.png)",
         ]
@@ -371,9 +424,9 @@ def _c2st_table(comparison: pd.DataFrame) -> str:
         # A mean over other rows than the rest of the column would mislead.
         whole = of_method["mean"].notna()
         if source == "measured":
-            whole &= of_method["rows"] == of_method["expected"]
-        comparable = set(tasks) <= set(of_method.index[whole])
-        mean = of_method["mean"].mean() if comparable else float("nan")
+            whole &= of_method["comparable"].astype(bool)
+        is_whole = set(tasks) <= set(of_method.index[whole])
+        mean = of_method["mean"].mean() if is_whole else float("nan")
         lines.append([label, *cells, _number(mean)])
         means.append(mean if source == "measured" else float("nan"))
     if not np.isnan(means).all():
@@ -394,6 +447,8 @@ def _cell(line: pd.Series) -> str:
         text = f"**{text}**"
     if line["source"] == "measured" and line["rows"] < line["expected"]:
         text += f" † {line['rows']:.0f}/{line['expected']:.0f}"
+    elif _has_other_samples(line):
+        text += " §"
     if _has_few_samples(line):
         text += " ‡"
     return text
@@ -402,6 +457,15 @@ def _cell(line: pd.Series) -> str:
 def _has_few_samples(line: pd.Series) -> bool:
     """Return whether a cell was measured with fewer samples than published ones."""
     return line["source"] == "measured" and line["num_samples"] < NUM_REFERENCE_SAMPLES
+
+
+def _has_other_samples(line: pd.Series) -> bool:
+    """Return whether a cell has other numbers of samples than most of its column."""
+    return (
+        line["source"] == "measured"
+        and line["rows"] == line["expected"]
+        and not line["comparable"]
+    )
 
 
 def _pairs_table(pairs: pd.DataFrame) -> str:

@@ -14,6 +14,7 @@ from tasks.methods import METHODS
 from tasks.plots import _styles, c2st_against_budget, c2st_against_time
 from tasks.plots import paired_differences as plot_paired_differences
 from tasks.report import (
+    count_unequal_pairs,
     in_order,
     paired_differences,
     published,
@@ -289,6 +290,43 @@ def test_fewer_samples_than_published_are_marked(results, tmp_path):
     assert (
         table.loc["two_moons"].query("source == 'measured'").num_samples == 1e4
     ).all()
+
+
+def test_cells_of_other_numbers_of_samples_are_not_compared(tmp_path):
+    few = {"num_samples": 2000}
+    for observation in (1, 2):
+        for method, c2st in (("jeffreys", 0.7), ("npe_nsf", 0.8)):
+            cell = ("slcp", method, 1000, 1, observation, c2st)
+            write_row(tmp_path / "r", row(*cell))
+        cell = ("slcp", "npe_maf", 1000, 1, observation, 0.6)
+        write_row(tmp_path / "r", row(*cell, settings=few))
+        cell = ("slcp", "nle", 1000, 1, observation, 0.5)
+        write_row(
+            tmp_path / "r",
+            row(*cell, **({"settings": few} if observation == 2 else {})),
+        )
+    rows = load(tmp_path / "r")
+    c2st = summarise(rows).query("quantity == 'c2st'").set_index("method")
+    assert c2st.index[c2st["best"]].tolist() == ["jeffreys"]
+    assert set(c2st.index[c2st["comparable"]]) == {"jeffreys", "npe_nsf"}
+    sizes = c2st[["num_samples", "most_samples"]]
+    assert sizes.loc["npe_maf"].tolist() == [2000, 2000]
+    assert sizes.loc["nle"].tolist() == [2000, 10_000]
+
+    differences = paired_differences(rows, "jeffreys").set_index("peer")
+    assert differences["observations"].to_dict() == {"nle": 1, "npe_nsf": 2}
+    assert differences["difference"].to_dict() == pytest.approx({
+        "nle": 0.2,
+        "npe_nsf": -0.1,
+    })
+    assert count_unequal_pairs(rows, "jeffreys") == 3
+
+    write_report([tmp_path / "r"], tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert "| npe_maf | 0.600 ± – (0.000) § ‡ | – |" in text
+    assert "| nle | 0.500 ± – (0.000) § ‡ | – |" in text
+    assert "| jeffreys | **0.700 ± – (0.000)** | **0.700** |" in text
+    assert "Left out are 3 rows of peers" in text
 
 
 def test_tables_without_the_commit_are_read(results, tmp_path):
