@@ -52,11 +52,22 @@ _OTHERS = list(itertools.product((BLACK, SKY), "H1234", ("-.", ":")))
 _PUBLISHED = {"NPE": ("--", "x"), "NLE": (":", "+")}
 
 
-def c2st_against_budget(rows: pd.DataFrame, published: pd.DataFrame) -> Figure:
+def not_comparable(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the means of C2ST of other rows, or numbers of samples, than most."""
+    is_c2st = (summary["quantity"] == "c2st") & summary["mean"].notna()
+    return summary[is_c2st & ~summary["comparable"]]
+
+
+def c2st_against_budget(
+    rows: pd.DataFrame, summary: pd.DataFrame, published: pd.DataFrame
+) -> Figure:
     """Return C2ST against the number of simulations, a panel for each task.
+
+    Means that are not comparable have hollow marks.
 
     Args:
         rows: A result table, see `tasks.results.load`.
+        summary: What `tasks.report.summarise` returns of them.
         published: What `tasks.report.published` returns.
     """
     good = rows[rows["status"] == "ok"].dropna(subset=["c2st"])
@@ -73,6 +84,7 @@ def c2st_against_budget(rows: pd.DataFrame, published: pd.DataFrame) -> Figure:
         }
         for method, (line, marker) in _PUBLISHED.items()
     } | _styles(good["method"])
+    hollow = not_comparable(summary)
     figure, panels = _panels(sorted(good["task"].unique()))
     for task, axes in panels.items():
         curves = {}
@@ -86,6 +98,18 @@ def c2st_against_budget(rows: pd.DataFrame, published: pd.DataFrame) -> Figure:
                 by_budget = seeds[task, method].groupby("budget")
                 curves[method] = by_budget.apply(np.asarray).to_dict()
         plot_c2st(curves, axes, styles)
+        here = hollow[hollow["task"] == task]
+        for method, budget, mean in zip(
+            here["method"], here["budget"], here["mean"], strict=True
+        ):
+            axes.plot(
+                budget,
+                mean,
+                marker=styles[method]["marker"],
+                color=styles[method]["color"],
+                markerfacecolor="white",
+                zorder=3,
+            )
     _finish(figure, panels)
     return figure
 
@@ -93,7 +117,7 @@ def c2st_against_budget(rows: pd.DataFrame, published: pd.DataFrame) -> Figure:
 def c2st_against_time(summary: pd.DataFrame) -> Figure:
     """Return C2ST against the seconds of one training, a panel for each task.
 
-    Larger budgets have larger markers.
+    Larger budgets have larger markers; means that are not comparable have hollow ones.
 
     Args:
         summary: What `tasks.report.summarise` returns.
@@ -102,6 +126,8 @@ def c2st_against_time(summary: pd.DataFrame) -> Figure:
         index=["task", "budget", "method"], columns="quantity", values="mean"
     )
     means = means.dropna(subset=["c2st", "training_seconds"]).reset_index()
+    hollow = not_comparable(summary)[["task", "budget", "method"]]
+    means = means.merge(hollow.assign(is_hollow=True), how="left")
     figure, panels = _panels(sorted(means["task"].unique()))
     sizes = {
         budget: 25 + 30 * rank
@@ -126,6 +152,16 @@ def c2st_against_time(summary: pd.DataFrame) -> Figure:
                 marker=style["marker"],
                 label=method,
             )
+            # On top of the others, whose marks the legend has.
+            some = curve[curve["is_hollow"].notna()]
+            axes.scatter(
+                some["training_seconds"],
+                some["c2st"],
+                s=some["budget"].map(sizes),
+                color="white",
+                edgecolors=style["color"],
+                marker=style["marker"],
+            )
         budgets = ", ".join(f"{budget:,}" for budget in sizes)
         axes.axhline(0.5, color="0.8", linewidth=1, zorder=0)
         axes.set_xscale("log")
@@ -142,7 +178,7 @@ def paired_differences(
     """Return the difference of C2ST to each peer, a panel for each budget.
 
     A small mark is one task and seed, tasks in their own rows; the large mark is the
-    mean over tasks with its 95 % interval.
+    mean over tasks with its 95 % interval. It is hollow where pairs are missing.
 
     Args:
         differences: What `tasks.report.paired_differences` returns.
@@ -178,9 +214,19 @@ def paired_differences(
             overall = of_peer if overall.empty else overall
             if len(overall) == 1:
                 line = overall.iloc[0]
-                axes.plot(line["mean"], place, "o", color=BLACK, markersize=7)
                 axes.plot(
                     [line["low"], line["high"]], [place, place], color=BLACK, lw=2
+                )
+                is_whole = line["tasks"] == line["all_tasks"]
+                is_whole &= line["rows"] == line["expected"]
+                axes.plot(
+                    line["mean"],
+                    place,
+                    "o",
+                    color=BLACK,
+                    markerfacecolor=BLACK if is_whole else "white",
+                    markersize=7,
+                    zorder=3,
                 )
         axes.set_yticks(range(len(peers)), peers)
         axes.set_ylim(len(peers) - 0.1, -0.2)

@@ -10,9 +10,10 @@ Both are sample standard deviations (divided by n − 1), and not given for n = 
 
 The paired view compares a reference method with each peer on the same simulations: the
 difference of a seed is the mean over observations of C2ST(reference) − C2ST(peer), over
-those observations that both have with as many samples. The 95 % interval of a task is
-a bootstrap over its seeds; that of the mean over tasks is a bootstrap over tasks and,
-within each, over seeds.
+those observations that both have with as many samples. The 95 % intervals are Student's
+t: that of a task over its seeds, that of the mean over tasks over the means of tasks.
+A bootstrap of three seeds would be their range, which holds the mean in three cases of
+four.
 """
 
 # pandas' own annotations say of most results that they may be one of several types.
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student_t
 
 from tasks import TASKS, plots
 from tasks.errors import InputError
@@ -39,7 +41,6 @@ _SOURCES = {
     "lueckmann2021": "Lueckmann et al. 2021",
     "gensbi": "GenSBI's documentation",
 }
-_RESAMPLES = 10_000
 
 
 def published() -> pd.DataFrame:
@@ -71,12 +72,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
         those.
     """
     rows = _with_num_samples(rows)
-    expected = (
-        rows
-        .groupby(["task", "budget"])[["seed", "observation"]]
-        .apply(lambda group: len(group.drop_duplicates()))
-        .rename("expected")
-    )
+    expected = expected_rows(rows)
     cells = []
     for cell, group in rows.groupby(CELL, sort=False):
         failed = int((group["status"] == "failed").sum())
@@ -113,6 +109,23 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     summary["comparable"] = summary.index.isin(comparable.index)
     summary["best"] = summary["mean"] == least.reindex(summary.index)
     return summary
+
+
+def expected_rows(rows: pd.DataFrame) -> pd.Series:
+    """Return the number of seeds and observations that any method has.
+
+    Args:
+        rows: A result table.
+
+    Returns:
+        The number by task and budget.
+    """
+    return (
+        rows
+        .groupby(["task", "budget"])[["seed", "observation"]]
+        .apply(lambda group: len(group.drop_duplicates()))
+        .rename("expected")
+    )
 
 
 def _with_num_samples(rows: pd.DataFrame) -> pd.DataFrame:
@@ -171,42 +184,49 @@ def _by_method(rows: pd.DataFrame, index: list[str]) -> pd.DataFrame:
     return good.pivot(index=index, columns="method", values="c2st")
 
 
-def summarise_pairs(differences: pd.DataFrame) -> pd.DataFrame:
-    """Return mean paired differences with 95 % bootstrap intervals.
+def summarise_pairs(differences: pd.DataFrame, expected: pd.Series) -> pd.DataFrame:
+    """Return mean paired differences with 95 % intervals of Student's t.
 
     Args:
         differences: What `paired_differences` returns.
+        expected: What `expected_rows` returns of the same rows.
 
     Returns:
         One line per budget, peer and task, and one for the mean over tasks, with `task`
-        "all tasks"; with the columns `mean`, `low`, `high` (the interval; NaN for a
-        single seed), `seeds` (pairs of trainings), and `better`, the number of those
-        with a negative difference.
+        "all tasks"; with the columns `mean`, `low`, `high` (the interval, over seeds
+        or over tasks; NaN for a single one), `seeds` (pairs of trainings), `better`,
+        the number of those with a negative difference, `rows` (pairs), `expected` (of
+        these tasks), `tasks` and `all_tasks`, the number that the budget has.
     """
-    generator = np.random.default_rng(0)
     lines = []
     for (budget, peer), group in differences.groupby(["budget", "peer"], sort=False):
-        tasks = {
-            str(task): part["difference"].to_numpy(float)
+        of_budget = expected.xs(budget, level="budget")
+        means = group.groupby("task")["difference"].mean()
+        levels = [
+            (str(task), part, part["difference"])
             for task, part in group.groupby("task")
-        }
-        levels = {task: [values] for task, values in tasks.items()}
-        if len(tasks) > 1:
-            levels["all tasks"] = list(tasks.values())
-        for task, values in levels.items():
-            low, high = _bootstrap_interval(values, generator)
-            flat = np.concatenate(values)
+        ]
+        if len(means) > 1:
+            levels.append(("all tasks", group, means))
+        for task, part, values in levels:
+            low, high = _t_interval(values.to_numpy(float))
+            tasks = part["task"].unique()
             lines.append({
                 "budget": budget,
                 "peer": peer,
                 "task": task,
-                "mean": np.mean([part.mean() for part in values]),
+                "mean": values.mean(),
                 "low": low,
                 "high": high,
-                "seeds": len(flat),
-                "better": int((flat < 0).sum()),
+                "seeds": len(part),
+                "better": int((part["difference"] < 0).sum()),
+                "rows": int(part["observations"].sum()),
+                "expected": int(of_budget[tasks].sum()),
+                "tasks": len(tasks),
+                "all_tasks": len(of_budget),
             })
     columns = ["budget", "peer", "task", "mean", "low", "high", "seeds", "better"]
+    columns += ["rows", "expected", "tasks", "all_tasks"]
     return pd.DataFrame(lines, columns=pd.Index(columns))
 
 
@@ -240,12 +260,12 @@ def write_report(
     good = set(rows.loc[rows["status"] == "ok", "method"])
     if good:
         figures["c2st_against_budget.png"] = plots.c2st_against_budget(
-            rows, published()
+            rows, summary, published()
         )
         figures["c2st_against_time.png"] = plots.c2st_against_time(summary)
     if reference in good and len(good) > 1:
         differences = paired_differences(rows, reference)
-        pairs = summarise_pairs(differences)
+        pairs = summarise_pairs(differences, expected_rows(rows))
         figures["paired_differences.png"] = plots.paired_differences(
             differences, pairs, reference
         )
@@ -284,24 +304,13 @@ def _tasks_in_order(table: pd.DataFrame) -> list[str]:
     )
 
 
-def _bootstrap_interval(
-    values: list[np.ndarray], generator: np.random.Generator
-) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean of means.
-
-    Args:
-        values: The differences of the seeds of each task. Tasks are drawn with
-            replacement, then the seeds of each task drawn.
-    """
-    if sum(len(part) for part in values) < 2:
+def _t_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of Student's t of a mean; NaN for a single value."""
+    if len(values) < 2:
         return float("nan"), float("nan")
-    chosen = generator.integers(len(values), size=(_RESAMPLES, len(values)))
-    means = np.empty(chosen.shape)
-    for index, part in enumerate(values):
-        here = chosen == index
-        means[here] = generator.choice(part, size=(int(here.sum()), len(part))).mean(1)
-    low, high = np.quantile(means.mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
+    half = student_t.ppf(0.975, len(values) - 1) * values.std(ddof=1)
+    half /= np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
 
 
 def _with_published(summary: pd.DataFrame) -> pd.DataFrame:
@@ -373,13 +382,17 @@ def _markdown(
     ):
         if figure in figures:
             parts += [f"## {title}", f"![{title}]({figure})"]
+            if len(plots.not_comparable(summary)):
+                parts.append("Hollow marks are means that are not comparable (†, §).")
     if len(pairs):
         parts += [
             f"## {reference} against each peer, in pairs",
             f"C2ST of {reference} minus C2ST of the peer on the same simulations and "
-            "observations: negative where it is better. With the 95 % bootstrap "
-            "interval: over seeds for a task, over tasks and seeds for all tasks. "
-            "`better` counts the seeds with a negative difference."
+            "observations: negative where it is better. In brackets the 95 % interval "
+            "of Student's t: for a task over its seeds, for all tasks over the means "
+            "of those that both have, as if tasks were drawn from many; none of a "
+            "single one. `better` counts the seeds with a negative difference. † marks "
+            "where pairs of rows are missing, with their number."
             + (
                 f" Left out are {unequal:,} rows of peers whose number of samples is "
                 f"not that of {reference}."
@@ -391,11 +404,13 @@ def _markdown(
         ]
     parts += [
         "## Costs",
-        "Means over tasks, seeds and observations. A training is shared by the "
-        "posteriors and observations that it serves; sampling and scoring are for one "
-        "observation. Peak memory is that of the process while it simulates, trains "
-        "and samples, libraries included. `÷ npe_nsf` is the geometric mean of the "
-        "ratio of the training time to npe_nsf's, over the same tasks and seeds.",
+        "Means over the tasks, seeds and observations that a method has; `tasks` and "
+        "`rows` say how many: those of other tasks are not comparable. A training is "
+        "shared by the posteriors and observations that it serves; sampling and "
+        "scoring are for one observation. Peak memory is that of the process while it "
+        "simulates, trains and samples, libraries included. `÷ npe_nsf` is the "
+        "geometric mean of the ratio of the training time to npe_nsf's, over the tasks "
+        "and seeds that both have.",
         _costs_table(rows),
         "## Failed rows",
         _failures_table(failed) if len(failed) else "None.",
@@ -480,9 +495,13 @@ def _pairs_table(pairs: pd.DataFrame) -> str:
                 cells.append("–")
                 continue
             line = by_task.loc[task]
-            interval = f"[{_signed(line['low'])}, {_signed(line['high'])}]"
-            better = f"better {line['better']}/{line['seeds']}"
-            cells.append(f"{line['mean']:+.3f} {interval}, {better}")
+            text = f"{line['mean']:+.3f} [{_signed(line['low'])}, "
+            text += f"{_signed(line['high'])}], better {line['better']}/{line['seeds']}"
+            if task == "all tasks":
+                text += f", {line['tasks']} of {line['all_tasks']} tasks"
+            if line["rows"] < line["expected"]:
+                text += f" † {line['rows']}/{line['expected']}"
+            cells.append(text)
         lines.append([f"{budget:,}", str(peer), *cells])
     return markdown_table(["budget", "peer", *tasks], lines)
 
@@ -495,6 +514,7 @@ def _costs_table(rows: pd.DataFrame) -> str:
     trainings = good.groupby(["budget", "task", "seed", "method"])["training_seconds"]
     logs = np.log(trainings.mean()).unstack("method")
     methods = in_order(good["method"].unique())
+    expected = expected_rows(rows)
     lines = []
     for (budget, method), group in good.groupby(["budget", "method"]):
         ratio = "–"
@@ -502,6 +522,7 @@ def _costs_table(rows: pd.DataFrame) -> str:
             logarithm = (logs[method] - logs["npe_nsf"]).loc[budget].dropna()
             ratio = f"{np.exp(logarithm.mean()):.2f}" if len(logarithm) else "–"
         means = group[columns].mean()
+        of_budget = expected.xs(budget, level="budget")
         lines.append([
             budget,
             method,
@@ -511,6 +532,8 @@ def _costs_table(rows: pd.DataFrame) -> str:
             f"{means['scoring_seconds']:.2f}",
             f"{means['epochs']:.0f}",
             f"{means['peak_memory_mb']:.0f}",
+            f"{group['task'].nunique()} of {len(of_budget)}",
+            f"{len(group)}/{of_budget.sum()}",
         ])
     lines.sort(key=lambda line: (line[0], methods.index(line[1])))
     return markdown_table(
@@ -523,6 +546,8 @@ def _costs_table(rows: pd.DataFrame) -> str:
             "scoring s",
             "epochs",
             "peak memory MB",
+            "tasks",
+            "rows",
         ],
         [[f"{line[0]:,}", *line[1:]] for line in lines],
     )

@@ -15,6 +15,7 @@ from tasks.plots import _styles, c2st_against_budget, c2st_against_time
 from tasks.plots import paired_differences as plot_paired_differences
 from tasks.report import (
     count_unequal_pairs,
+    expected_rows,
     in_order,
     paired_differences,
     published,
@@ -169,7 +170,8 @@ def test_paired_differences_are_of_the_same_simulations(results):
         ("nle", 1): (pytest.approx(0.10), 1),
         ("nle", 2): (pytest.approx(0.12), 1),
     }
-    pairs = summarise_pairs(differences).set_index(["peer", "task"])
+    expected = expected_rows(load(results))
+    pairs = summarise_pairs(differences, expected).set_index(["peer", "task"])
     assert pairs.loc[("npe_nsf", "two_moons"), "mean"] == pytest.approx(-0.03)
     assert pairs.loc[("npe_nsf", "all tasks"), "mean"] == pytest.approx(-0.03)
     assert pairs.loc[("npe_nsf", "all tasks"), "better"] == 4
@@ -182,42 +184,75 @@ def pair(task: str, seed: int, difference: float) -> dict:
     return {**line, "task": task, "seed": seed, "difference": difference}
 
 
-def test_bootstrap_interval_of_two_seeds_is_exact():
-    # The mean of two draws from {0, 1} is 0, 1/2, 1 with 1/4, 1/2, 1/4.
+def pairs_of(lines: list[dict]) -> pd.DataFrame:
+    """Return the summary of differences of which none is missing."""
+    table = pd.DataFrame(lines)
+    expected = table.groupby(["task", "budget"])["observations"].sum()
+    return summarise_pairs(table, expected)
+
+
+def test_interval_of_two_seeds_is_students():
+    # The 97.5 % quantile of t with one degree of freedom is 12.706.
     lines = [pair("slcp", 1, 0.0), pair("slcp", 2, 1.0)]
-    (line,) = summarise_pairs(pd.DataFrame(lines)).to_dict("records")
-    assert (line["mean"], line["low"], line["high"]) == (0.5, 0.0, 1.0)
+    (line,) = pairs_of(lines).to_dict("records")
+    assert line["mean"] == 0.5
+    assert line["low"] == pytest.approx(0.5 - 12.706 / 2, abs=1e-3)
+    assert line["high"] == pytest.approx(0.5 + 12.706 / 2, abs=1e-3)
     assert (line["seeds"], line["better"]) == (2, 0)
-    (line,) = summarise_pairs(pd.DataFrame(lines[:1])).to_dict("records")
+    (line,) = pairs_of(lines[:1]).to_dict("records")
     assert math.isnan(line["low"]) and math.isnan(line["high"])
 
 
-def test_bootstrap_interval_of_many_seeds_is_the_normal_one():
-    values = np.random.default_rng(0).normal(-0.01, 0.02, size=200)
-    lines = [pair("slcp", seed, value) for seed, value in enumerate(values)]
-    (line,) = summarise_pairs(pd.DataFrame(lines)).to_dict("records")
-    half = 1.96 * values.std() / math.sqrt(200)
-    assert line["mean"] == pytest.approx(values.mean())
-    # The quantiles of 10,000 resamples have an error of about 2 % of the width.
-    assert line["low"] == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert line["high"] == pytest.approx(values.mean() + half, abs=0.1 * half)
+def test_intervals_of_few_seeds_hold_the_mean_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    lines = [
+        pair(f"task{i}", seed, generator.normal(0.1, 0.02))
+        for i in range(500)
+        for seed in range(3)
+    ]
+    of_tasks = pairs_of(lines).query("task != 'all tasks'")
+    holds = (of_tasks["low"] < 0.1) & (of_tasks["high"] > 0.1)
+    # Of 500 the share has a standard error of 0.01.
+    assert holds.mean() == pytest.approx(0.95, abs=0.03)
 
 
 def test_interval_over_tasks_has_both_levels():
-    # Tasks at ±0.1, seeds at ±s around: variances 0.01 / T between, s² / (T S) within.
-    signs = (-1, 1)
-    for spread in (0.0, 0.3):
+    # The variance of a task's mean is between² + within² / 4.
+    generator = np.random.default_rng(0)
+    for within in (0.0, 0.3):
+        centres = generator.normal(0.0, 0.1, size=300)
         lines = [
-            pair(f"task{t}", s, 0.1 * signs[t % 2] + spread * signs[s % 2])
-            for t in range(30)
-            for s in range(4)
+            pair(f"task{t}", seed, centre + generator.normal(0.0, within))
+            for t, centre in enumerate(centres)
+            for seed in range(4)
         ]
-        pairs = summarise_pairs(pd.DataFrame(lines)).set_index("task")
-        line = pairs.loc["all tasks"]
-        half = 1.96 * math.sqrt(0.01 / 30 + spread**2 / 120)
-        assert line["mean"] == pytest.approx(0.0, abs=1e-12)
-        assert line["high"] == pytest.approx(half, rel=0.1)
-        assert line["low"] == pytest.approx(-half, rel=0.1)
+        line = pairs_of(lines).set_index("task").loc["all tasks"]
+        half = 1.96 * math.sqrt((0.1**2 + within**2 / 4) / 300)
+        assert line["high"] - line["mean"] == pytest.approx(half, rel=0.1)
+        assert line["mean"] - line["low"] == pytest.approx(half, rel=0.1)
+        assert line["mean"] == pytest.approx(0.0, abs=1.5 * half)
+
+
+def test_what_is_missing_is_marked_in_pairs_and_costs(results, tmp_path):
+    # npe_nsf on one of three tasks, but for a row, and on another.
+    for method in ("jeffreys", "fmpe"):
+        write_row(results, row("slcp", method, 1000, 1, 1, 0.8))
+    write_row(results, failed("two_moons", "npe_nsf", 1000, 2, 2, "OSError", "full"))
+    rows = load(results)
+    differences = paired_differences(rows, "jeffreys")
+    pairs = summarise_pairs(differences, expected_rows(rows))
+    pairs = pairs.set_index(["peer", "task"])[
+        ["rows", "expected", "tasks", "all_tasks"]
+    ]
+    assert pairs.loc[("npe_nsf", "all tasks")].tolist() == [7, 8, 2, 3]
+    assert pairs.loc[("npe_nsf", "two_moons")].tolist() == [3, 4, 1, 3]
+
+    write_report([results], tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert re.search(r"better \d/4, 2 of 3 tasks † 7/8 \|", text)
+    assert re.search(r"\| 1,000 \| npe_nsf \|.*\| 2 of 3 \| 7/9 \|", text)
+    assert re.search(r"\| 1,000 \| jeffreys \|.*\| 3 of 3 \| 9/9 \|", text)
+    assert text.count("Hollow marks") == 2
 
 
 def test_published_figures_are_copied_right():
@@ -364,13 +399,21 @@ def test_report_of_failures_alone(tmp_path):
 
 
 def test_plots_show_the_numbers(results):
-    figure = c2st_against_budget(load(results), published())
+    rows = load(results)
+    figure = c2st_against_budget(rows, summarise(rows), published())
     axes = {panel.get_title(): panel for panel in figure.axes if panel.get_visible()}
     assert set(axes) == {"two_moons", "gaussian_mixture"}
     drawn = {part.get_label(): part for part in axes["two_moons"].containers}
     # Those of which there is nothing are not there.
     names = {"NPE, published", "NLE, published", "jeffreys", "npe_nsf", "nle"}
     assert set(drawn) == names
+    # Half of the rows of nle are missing, none of the others.
+    hollow = [
+        line
+        for line in axes["two_moons"].lines
+        if line.get_markerfacecolor() == "white"
+    ]
+    assert [tuple(line.get_xydata()[0]) for line in hollow] == [(1000, 0.5)]
     theirs, *_ = drawn["NPE, published"].lines
     assert theirs.get_ydata() == pytest.approx(
         published()
@@ -397,11 +440,17 @@ def test_the_plot_against_time_shows_the_numbers(results):
     panel = axes["two_moons"]
     drawn = {part.get_label(): part for part in panel.collections}
     # Those of which there is nothing may have a mark, but no place.
-    assert {name for name, part in drawn.items() if len(part.get_offsets())} == {
+    there = {name for name, part in drawn.items() if len(part.get_offsets())}
+    assert {name for name in there if not name.startswith("_")} == {
         "jeffreys",
         "npe_nsf",
         "nle",
     }
+    # One row at 10,000 simulations is all that there is; of nle half is missing.
+    hollow = [
+        np.asarray(drawn[name].get_offsets())[0] for name in there if name[0] == "_"
+    ]
+    assert hollow == [pytest.approx([2.0, 0.5])]
     # Seconds: of 30 with the first seed and 60 with the second; then of one row.
     ours = np.array([[45, 0.64], [400, 0.55]])
     assert np.asarray(drawn["jeffreys"].get_offsets()) == pytest.approx(ours)
@@ -419,7 +468,7 @@ def test_the_plot_against_time_shows_the_numbers(results):
 
 def test_the_plot_of_pairs_shows_the_numbers(results):
     differences = paired_differences(load(results), "jeffreys")
-    pairs = summarise_pairs(differences)
+    pairs = summarise_pairs(differences, expected_rows(load(results)))
     figure = plot_paired_differences(differences, pairs, "jeffreys")
     (axes,) = figure.axes
     assert axes.get_title() == "1,000 simulations"
@@ -448,11 +497,17 @@ def test_the_plot_of_pairs_shows_the_numbers(results):
         elif line.get_color() == "#000000":
             intervals[peers[int(y[0])]] = x
     assert means == pytest.approx({"npe_nsf": -0.03, "nle": 0.11})
-    # Two seeds: the mean of two draws from both has either as its quantiles.
-    assert intervals["nle"] == pytest.approx([0.10, 0.12])
+    half = 12.706 * 0.01
+    assert intervals["nle"] == pytest.approx([0.11 - half, 0.11 + half], abs=1e-4)
     line = pairs.set_index(["peer", "task"]).loc[("npe_nsf", "all tasks")]
     assert intervals["npe_nsf"] == pytest.approx([line["low"], line["high"]])
-    assert -0.04 - 1e-9 <= line["low"] < line["high"] <= -0.02 + 1e-9
+    # Of nle there is one task of two.
+    hollow = {
+        peers[int(line.get_ydata()[0])]
+        for line in axes.lines
+        if line.get_markerfacecolor() == "white"
+    }
+    assert hollow == {"nle"}
 
 
 def test_methods_are_told_apart_without_colours():
@@ -464,7 +519,8 @@ def test_methods_are_told_apart_without_colours():
 
 def test_plots_of_another_task_are_without_published_figures(tmp_path):
     write_row(tmp_path, row("mine", "jeffreys", 1000, 1, 1, 0.6))
-    figure = c2st_against_budget(load(tmp_path), published())
+    rows = load(tmp_path)
+    figure = c2st_against_budget(rows, summarise(rows), published())
     assert [part.get_label() for part in figure.axes[0].containers] == ["jeffreys"]
 
 
