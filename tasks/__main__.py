@@ -73,6 +73,10 @@ def _execute(sweep, options: argparse.Namespace) -> int:
         f"{options.results}: {summary.finished} rows added, {summary.found} were "
         f"there, {summary.failed} of them failed."
     )
+    if summary.other_commits:
+        print(
+            f"{summary.other_commits} of the rows that were there are of other commits."
+        )
     if summary.failed:
         print("`--retry-failed` runs failed rows again.")
     return 1 if summary.failed else 0

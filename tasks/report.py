@@ -255,21 +255,12 @@ def write_report(
         )
     summary = summarise(rows)
     comparison = _with_published(summary)
-    pairs = pd.DataFrame(columns=pd.Index(["budget", "peer"]))
-    figures = {}
     good = set(rows.loc[rows["status"] == "ok", "method"])
-    if good:
-        figures["c2st_against_budget.png"] = plots.c2st_against_budget(
-            rows, summary, published()
-        )
-        figures["c2st_against_time.png"] = plots.c2st_against_time(summary)
+    differences = pairs = pd.DataFrame(columns=pd.Index(["budget", "peer"]))
     if reference in good and len(good) > 1:
         differences = paired_differences(rows, reference)
         pairs = summarise_pairs(differences, expected_rows(rows))
-        figures["paired_differences.png"] = plots.paired_differences(
-            differences, pairs, reference
-        )
-
+    # First of all: nothing that goes wrong in a plot must cost the tables.
     for name, table in (
         ("results.csv", rows),
         ("summary.csv", summary),
@@ -277,6 +268,19 @@ def write_report(
         ("paired.csv", pairs),
     ):
         write_whole(out / name, table.to_csv(index=False))
+
+    figures = {}
+    means = summary.pivot(index=CELL, columns="quantity", values="mean")
+    if means["c2st"].notna().any():
+        figures["c2st_against_budget.png"] = plots.c2st_against_budget(
+            rows, summary, published()
+        )
+    if means[["c2st", "training_seconds"]].notna().all(axis=1).any():
+        figures["c2st_against_time.png"] = plots.c2st_against_time(summary)
+    if len(pairs):
+        figures["paired_differences.png"] = plots.paired_differences(
+            differences, pairs, reference
+        )
     for name, figure in figures.items():
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=150)
@@ -412,6 +416,9 @@ def _markdown(
         "geometric mean of the ratio of the training time to npe_nsf's, over the tasks "
         "and seeds that both have.",
         _costs_table(rows),
+        "## Versions",
+        "Commits of the clone that made the rows, with the number of rows.",
+        _versions_table(rows),
         "## Failed rows",
         _failures_table(failed) if len(failed) else "None.",
     ]
@@ -551,6 +558,16 @@ def _costs_table(rows: pd.DataFrame) -> str:
         ],
         [[f"{line[0]:,}", *line[1:]] for line in lines],
     )
+
+
+def _versions_table(rows: pd.DataFrame) -> str:
+    """Return the table of the commits that made the rows of each method."""
+    lines = []
+    for method in in_order(rows["method"].unique()):
+        counts = rows.loc[rows["method"] == method, "commit"].value_counts()
+        texts = [f"{commit or 'unknown'} ({num})" for commit, num in counts.items()]
+        lines.append([method, ", ".join(texts)])
+    return markdown_table(["method", "commits"], lines)
 
 
 def _failures_table(failed: pd.DataFrame) -> str:

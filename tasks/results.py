@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-import numpy as np
 import pandas as pd
 
 from tasks.errors import InputError
@@ -160,7 +159,7 @@ def load(*sources: Path | str) -> pd.DataFrame:
 
     Returns:
         One line per row, sorted by key. `settings` is JSON text, `warnings` is one
-        text; what was not measured is NaN.
+        text; what was not measured is NaN, and texts that are not known are empty.
 
     Raises:
         FileNotFoundError: If a source is missing or holds no row.
@@ -194,9 +193,11 @@ def _load_one(source: Path) -> pd.DataFrame:
             columns=pd.Index(COLUMNS),
         )
     elif source.is_file():
-        table = pd.read_csv(source, keep_default_na=True)
+        # A commit such as 863e46212345 is no number.
+        texts = dict.fromkeys(VERSIONS, str)
+        table = pd.read_csv(source, keep_default_na=True, dtype=texts)
         # Rows made before there was the column do not say what made them.
-        table = table.assign(commit=table.get("commit", np.nan))
+        table = table.assign(commit=table.get("commit", ""))
         missing = set(COLUMNS) - set(table.columns)
         if missing:
             raise InputError(
@@ -213,7 +214,7 @@ def _load_one(source: Path) -> pd.DataFrame:
         )
     numbers = [*METRICS, *COSTS]
     table[numbers] = table[numbers].astype(float)
-    for name in ("warnings", *ERRORS):
+    for name in (*VERSIONS, "warnings", *ERRORS):
         table[name] = [text if isinstance(text, str) else "" for text in table[name]]
     return table
 

@@ -21,7 +21,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,26 @@ _ONE_AT_A_TIME = threading.Lock()
 tqdm.set_lock(threading.RLock())
 
 _MAX_WARNINGS = 10
+
+
+def _commit() -> str:
+    """Return the commit of the clone that this file is in; empty if it is in none.
+
+    It ends in "-dirty" where files differ from the commit.
+    """
+    # Of no tag: the commit's own name, in clones with and without tags alike.
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except OSError:  # no git
+        return ""
+    return result.stdout.strip()
+
+
+# Of the code that this process has loaded, whatever becomes of the clone meanwhile.
+COMMIT = _commit()
 
 
 @dataclass(frozen=True)
@@ -365,7 +384,7 @@ def _row(unit: Unit, key: Key, **columns: Any) -> Row:
         version_sbi_jeffreys=sbi_jeffreys.__version__,
         version_sbi=sbi.__version__,
         version_torch=torch.__version__,
-        commit=_commit(),
+        commit=COMMIT,
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         settings=unit.settings(key.method),
         warnings=[],
@@ -373,23 +392,6 @@ def _row(unit: Unit, key: Key, **columns: Any) -> Row:
     )
     row.update(columns)
     return row
-
-
-@lru_cache(maxsize=1)
-def _commit() -> str:
-    """Return the commit of the clone that this file is in; empty if it is in none.
-
-    It ends in "-dirty" where files differ from the commit.
-    """
-    # Of no tag: the commit's own name, in clones with and without tags alike.
-    command = ["git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=12"]
-    try:
-        result = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True
-        )
-    except OSError:  # no git
-        return ""
-    return result.stdout.strip()
 
 
 def _error_columns(error: Exception) -> dict[str, str]:

@@ -22,7 +22,7 @@ from tasks.results import (
     settings_text,
     write_row,
 )
-from tasks.run import Unit, failed_rows, run_unit
+from tasks.run import COMMIT, Unit, failed_rows, run_unit
 from tasks.scale import WorkerDied, executor
 
 if sys.version_info >= (3, 11):
@@ -194,11 +194,13 @@ class Summary:
         found: Number of its rows that were there already.
         finished: Number of rows added.
         failed: Of all its rows, the number that record an error.
+        other_commits: Of those found, the number that another commit made.
     """
 
     found: int = 0
     finished: int = 0
     failed: int = 0
+    other_commits: int = 0
 
 
 def run_sweep(
@@ -257,6 +259,7 @@ def run_sweep(
         summary = Summary(
             found=len(found),
             failed=sum(there[key]["status"] == "failed" for key in found),
+            other_commits=sum(there[key]["commit"] != COMMIT for key in found),
         )
         with tqdm(
             total=sum(len(unit.rows) for unit in units),

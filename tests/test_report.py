@@ -368,11 +368,59 @@ def test_tables_without_the_commit_are_read(results, tmp_path):
     table = load(results)
     old = tmp_path / "old.csv"
     table.drop(columns="commit").to_csv(old, index=False)
-    assert load(old)["commit"].isna().all()
+    assert (load(old)["commit"] == "").all()
     assert list(load(old).columns) == list(table.columns)
     table.drop(columns=["commit", "epochs"]).to_csv(old, index=False)
     with pytest.raises(InputError, match="epochs"):
         load(old)
+
+
+def test_commits_are_texts_and_in_the_report(tmp_path):
+    commits = ("863e46212345", "123456789012", "")
+    for seed, commit in enumerate(commits):
+        cell = ("slcp", "jeffreys", 1000, seed, 1, 0.7)
+        write_row(tmp_path / "r", row(*cell, commit=commit, version_sbi="0.27"))
+    write_report([tmp_path / "r"], tmp_path / "one")
+    csv = tmp_path / "one/results.csv"
+    assert load(csv)["commit"].tolist() == [*commits]
+    write_report([csv], tmp_path / "two")
+    one, two = ((tmp_path / d / "report.md").read_text() for d in ("one", "two"))
+    assert one == two
+    (line,) = re.findall(r"\| jeffreys \| (.*\(1\)) \|", two.split("## Versions")[1])
+    assert sorted(line.split(", ")) == [
+        "123456789012 (1)",
+        "863e46212345 (1)",
+        "unknown (1)",
+    ]
+
+
+def test_report_shows_what_can_be_drawn(tmp_path):
+    unscored = float("nan")
+    for method in ("jeffreys", "npe_nsf"):
+        write_row(tmp_path / "mmd", row("slcp", method, 1000, 1, 1, unscored, mmd=0.1))
+    write_report([tmp_path / "mmd"], tmp_path / "one")
+    assert not list((tmp_path / "one").glob("*.png"))
+    assert len(pd.read_csv(tmp_path / "one/results.csv")) == 2
+
+    # No simulations that both have; and none whose training was timed.
+    for seed, method in enumerate(("jeffreys", "npe_nsf")):
+        cell = ("slcp", method, 1000, seed, 1, 0.7)
+        write_row(tmp_path / "apart", row(*cell, training_seconds=float("nan")))
+    write_report([tmp_path / "apart"], tmp_path / "two")
+    plots = [path.name for path in (tmp_path / "two").glob("*.png")]
+    assert plots == ["c2st_against_budget.png"]
+    assert "in pairs" not in (tmp_path / "two/report.md").read_text()
+
+
+def test_tables_are_written_before_plots(results, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("tasks.plots.c2st_against_time", broken)
+    with pytest.raises(RuntimeError, match="no fonts"):
+        write_report([results], tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"results.csv", "summary.csv", "c2st.csv", "paired.csv"}
 
 
 def test_report_of_a_table_is_that_of_its_folder(results, tmp_path):
