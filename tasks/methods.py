@@ -165,15 +165,13 @@ class SingleRound(Method):
 
     def check_train_arguments(self, train: Mapping[str, Any]) -> None:
         """Raise an InputError if `train` of the trainer does not take all of it."""
-        known = inspect.signature(self.trainer.train).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            return
+        known = _train_arguments(self.trainer)
         unknown = sorted(set(train) - set(known))
         if unknown:
             raise InputError(
                 f"unknown argument {', '.join(unknown)} of {self.trainer.__name__}."
                 f"train (method {', '.join(self.names)}). It takes: "
-                f"{', '.join(name for name in known if name != 'self')}."
+                f"{', '.join(known)}."
             )
 
     def fit(self, problem: Problem) -> Fit:
@@ -207,6 +205,23 @@ class SingleRound(Method):
             epochs=sum(trainer.summary["epochs_trained"]),
             validation_loss=float(trainer.summary["best_validation_loss"][-1]),
         )
+
+
+def _train_arguments(trainer: type) -> list[str]:
+    """Return the names of the arguments of `train`.
+
+    A `train` with `**kwargs` passes them on to that of its base class.
+    """
+    names: dict[str, None] = {}
+    for base in trainer.__mro__:
+        if "train" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["train"]).parameters.values())
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        names.update({p.name: None for p in parameters[1:] if p.kind not in variable})
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
 
 
 class Sequential(SingleRound):

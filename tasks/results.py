@@ -101,6 +101,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Raise an OSError if no file can be written into a folder, which is made."""
+    probe = Path(folder) / f".unfinished-{uuid4().hex}"
+    write_whole(probe, "")
+    probe.unlink()
+
+
 def key_of(row: Row) -> Key:
     """Return the key of a row."""
     return Key(**{field: row[field] for field in Key._fields})
@@ -138,6 +145,10 @@ def read_rows(folder: Path) -> Iterator[Row]:
         try:
             row = json.loads(path.read_text())
             key = key_of(row)
+            # Rows made before there was the column do not say what made them.
+            row.setdefault("commit", "")
+            if missing := [name for name in COLUMNS if name not in row]:
+                raise ValueError(f"it has no {', '.join(missing)}")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} is not a row of a result table ({error}). Remove the file "

@@ -17,6 +17,7 @@ from tasks.results import (
     METRICS,
     Key,
     Row,
+    check_writable,
     key_of,
     read_rows,
     settings_text,
@@ -85,6 +86,10 @@ class Sweep:
                 )
         if not isinstance(self.train, Mapping):
             raise InputError(f"train: expected a table, got {self.train!r}.")
+        try:
+            settings_text({**self.train})
+        except TypeError as error:  # a date of TOML
+            raise InputError(f"train: cannot be noted in the rows: {error}.") from error
         for method in self.methods:
             get_method(method).check_train_arguments(self.train)
 
@@ -235,21 +240,22 @@ def run_sweep(
     Raises:
         InputError: If the folder holds rows of this sweep made with other settings,
             or there is no such device.
+        OSError: If the folder cannot be written into.
     """
     if threads < 1:
         raise InputError(f"--threads must be at least 1, got {threads}.")
     if dask is None:  # whose workers may have devices that this machine has not
         _check_device(scoring_device)
+    # Before a training is lost to it.
+    check_writable(results)
     with executor(jobs, dask) as calls:
         there = {key_of(row): row for row in read_rows(results)}
         wanted = sweep.units(threads=threads)
+        if retry_failed:
+            # As if they were not there, whatever they were made with.
+            there = {k: row for k, row in there.items() if row["status"] != "failed"}
         _check_settings(wanted, there, results)
-        found = [
-            key
-            for unit in wanted
-            for key in unit.keys
-            if key in there and not (retry_failed and there[key]["status"] == "failed")
-        ]
+        found = [key for unit in wanted for key in unit.keys if key in there]
         units = sweep.units(found, threads, scoring_device)
         # Fetch the reference data once, not in every worker at once, and stop here if
         # they cannot be had.
@@ -327,7 +333,7 @@ def _check_settings(units: list[Unit], there: dict[Key, Row], results: Path) -> 
             raise InputError(
                 f"{results} already holds the row of {key} with other settings "
                 f"(there, wanted): {changed}. Give another folder with --results, or "
-                "remove those rows."
+                "remove those rows; --retry-failed makes failed ones again."
             )
 
 

@@ -20,7 +20,7 @@ from tasks import get_task
 from tasks.errors import InputError
 from tasks.methods import METHODS, Fit
 from tasks.results import COLUMNS, METRICS, Key, key_of, load, read_rows, write_row
-from tasks.run import CHUNK, Unit, chunks, run_unit, seed_of, simulate
+from tasks.run import CHUNK, COMMIT, Unit, chunks, run_unit, seed_of, simulate
 
 
 def unit(method, *rows, **arguments) -> Unit:
@@ -136,6 +136,15 @@ def test_rows_say_which_commit_made_them(fake):
         pytest.skip("this copy of the repository is no clone")
     (row,) = run_unit(unit(fake, ("fake", 1)))
     assert row["commit"].removesuffix("-dirty") == head.stdout.strip()
+
+
+def test_the_commit_is_that_of_the_code_that_runs(fake, monkeypatch):
+    def refuse(*arguments, **keywords):
+        raise AssertionError("read too late")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    (row,) = run_unit(unit(fake, ("fake", 1)))
+    assert row["commit"] == COMMIT
 
 
 def test_posteriors_of_one_training_share_it(fake, tmp_path, capsys):
@@ -329,6 +338,11 @@ def test_only_whole_rows_are_read(fake, tmp_path):
     path.write_text("{")
     with pytest.raises(InputError, match=f"{path} is not a row"):
         load(tmp_path / "results")
+    path.write_text(json.dumps(key_of(row)._asdict()))
+    with pytest.raises(InputError, match=f"{path} is not a row.*it has no status, "):
+        load(tmp_path / "results")
+    path.write_text(json.dumps({k: v for k, v in row.items() if k != "commit"}))
+    assert load(tmp_path / "results")["commit"].tolist() == [""]
     path.write_text(json.dumps({**row, "seed": 2}))
     with pytest.raises(InputError, match="does not belong there"):
         load(tmp_path / "results")

@@ -103,6 +103,12 @@ def test_sweep_file_is_read(tmp_path):
         ("observations", "train = 3\nobservations", "train: expected a table"),
         ("observations", "metrics = ['c3st']\nobservations", "unknown metric 'c3st'"),
         ("observations", "train.epochs = 3\nobservations", "epochs of NPE_C.train"),
+        (
+            '["npe_maf"]',
+            '["jeffreys"]\ntrain.max_epochs = 3',
+            "max_epochs of JeffreysNPE.train.*checkpoint, .*max_num_epochs",
+        ),
+        ("observations", "train.a = [2026-01-01]\nobservations", "train: .*date"),
     ],
 )
 def test_mistakes_in_a_sweep_file_are_named(old, new, message, tmp_path):
@@ -248,6 +254,33 @@ def test_failures_are_recorded_and_retried_on_request(fake, tmp_path, monkeypatc
     assert (summary.found, summary.finished, summary.failed) == (9, 3, 0)
     assert bad.trainings() == 6 and fake.trainings() == 3
     assert (load(results)["status"] == "ok").all()
+
+
+def test_rows_that_are_retried_may_have_had_other_settings(fake, tmp_path):
+    results = tmp_path / "results"
+    fake.train_error = TypeError("no argument max_epochs")
+    make(results, Sweep(**{**GRID, "train": {"max_epochs": 3}}))
+    fake.train_error = None
+    with pytest.raises(InputError, match="other settings.*--retry-failed"):
+        make(results)
+    assert make(results, retry_failed=True).finished == 6
+    assert (load(results)["status"] == "ok").all()
+
+
+def test_folder_that_cannot_be_written_is_said_before_a_training(
+    fake, tmp_path, capsys
+):
+    (tmp_path / "file").write_text("")
+    arguments = ["--task=two_moons", "--method=fake", "--budget=20", "--num-samples=30"]
+    for name in ("file", "file/results"):
+        assert main(["run", *arguments, "--results", str(tmp_path / name)]) == 2
+        assert "error: " in capsys.readouterr().err
+    assert fake.trainings() == 0
+    (tmp_path / "results").mkdir(mode=0o500)
+    if not os.access(tmp_path / "results", os.W_OK):  # root may write everywhere
+        with pytest.raises(PermissionError):
+            make(tmp_path / "results")
+        assert fake.trainings() == 0
 
 
 def test_command_line_says_what_is_wrong(fake, tmp_path, capsys):
