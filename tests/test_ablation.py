@@ -9,6 +9,7 @@ from sbi.utils import BoxUniform
 from scipy import stats
 
 from sbi_jeffreys import JeffreysNPE, NoTracker
+from tasks.studies import ablation, images
 from tasks.studies.ablation import held_out_levels, held_out_losses, report
 
 
@@ -91,6 +92,15 @@ def test_refined_loss_is_the_flows_at_exponent_zero(estimator):
     difference = (losses["refined"] - losses["flow"]).abs().mean().item()
     # One more sample, the parameters themselves, among 300.
     assert difference < 0.02
+
+
+@pytest.mark.parametrize("study", [ablation, images])
+def test_report_without_rows_is_said(study, tmp_path, monkeypatch, capsys):
+    path = str(tmp_path / "rows.csv")
+    monkeypatch.setattr("sys.argv", ["study", "--out", path, "--report"])
+    with pytest.raises(SystemExit, match="2"):
+        study.main()
+    assert "has no rows; run it without --report first" in capsys.readouterr().err
 
 
 def test_report_is_a_table_of_means_over_seeds():

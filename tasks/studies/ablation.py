@@ -48,7 +48,7 @@ from sbi_jeffreys.refinement import log_ratio, sample_with_log_ratio, temper
 from sbi_jeffreys.trainer import LEARNING_RATE
 from tasks import TASKS, get_task
 from tasks.report import markdown_table
-from tasks.studies.rows import read_rows, run_missing
+from tasks.studies.rows import print_report, run_missing
 
 NUM_FRESH = 500
 NUM_SAMPLES = 300
@@ -330,7 +330,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.report:
-        print(report(read_rows(arguments.out)))
+        print_report(arguments.out, report, parser)
         return
     budget = arguments.budget
     keys = (

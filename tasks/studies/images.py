@@ -25,7 +25,7 @@ from torch import Tensor
 from sbi_jeffreys import JeffreysNPE, NoTracker, energy_nn
 from tasks.report import markdown_table
 from tasks.studies.ablation import held_out_losses
-from tasks.studies.rows import read_rows, run_missing
+from tasks.studies.rows import print_report, run_missing
 
 SIZE, NOISE, BLUR = 12, 0.5, 1.3
 NUM_IMAGES = 1_000
@@ -121,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.report:
-        print(report(read_rows(arguments.out)))
+        print_report(arguments.out, report, parser)
         return
     run_missing(arguments.out, ({"seed": seed} for seed in arguments.seeds), run)
 

@@ -37,6 +37,18 @@ def run_missing(
         print(new.to_string(index=False, header=False), flush=True)
 
 
+def print_report(
+    path: Path,
+    report: Callable[[pd.DataFrame], str],
+    parser: argparse.ArgumentParser,
+) -> None:
+    """Print what a study reports of the rows of a file, or end if it has none."""
+    rows = read_rows(path)
+    if rows.empty:
+        parser.error(f"{path} has no rows; run it without --report first.")
+    print(report(rows))
+
+
 def run_trainings(
     description: str,
     seeds: Sequence[int],
@@ -62,10 +74,7 @@ def run_trainings(
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.report:
-        rows = read_rows(arguments.out)
-        if rows.empty:
-            parser.error(f"{arguments.out} has no rows; run it without --report first.")
-        print(report(rows))
+        print_report(arguments.out, report, parser)
         return
     keys = (
         {"task": task, "budget": arguments.budget, "seed": seed}
