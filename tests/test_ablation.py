@@ -11,6 +11,7 @@ from scipy import stats
 from sbi_jeffreys import JeffreysNPE, NoTracker
 from tasks.studies import ablation, images
 from tasks.studies.ablation import held_out_levels, held_out_losses, report
+from tasks.studies.rows import read_rows, run_missing
 
 
 class Normal:
@@ -101,6 +102,30 @@ def test_report_without_rows_is_said(study, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         study.main()
     assert "has no rows; run it without --report first" in capsys.readouterr().err
+
+
+def test_studies_in_one_file_keep_each_others_rows(tmp_path, capsys):
+    path = tmp_path / "new" / "rows.csv"
+    keys = [{"task": "a", "seed": seed} for seed in (1, 2)]
+    third = 1 / 3
+
+    def other(task, seed):
+        return [{"task": task, "seed": seed, "loss": third, "by": "other"}]
+
+    def slow(task, seed):
+        # While this one runs, another process does both.
+        run_missing(path, keys, other)
+        return [{"task": task, "seed": seed, "loss": 0.5, "by": "slow"}]
+
+    run_missing(path, [{"task": "b", "seed": 1}, *keys], slow)
+    rows = read_rows(path)
+    assert rows[["task", "seed", "by"]].to_numpy().tolist() == [
+        ["a", 1, "other"],
+        ["a", 2, "other"],
+        ["b", 1, "slow"],
+    ]
+    assert rows["loss"].tolist() == pytest.approx([third, third, 0.5])
+    assert [file.name for file in path.parent.iterdir()] == ["rows.csv"]
 
 
 def test_report_is_a_table_of_means_over_seeds():

@@ -1,7 +1,10 @@
 """The rows of a study in one CSV file, which a later run goes on with."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +25,43 @@ def run_missing(
 ) -> None:
     """Add the rows of all keys that the file does not have, and print them.
 
+    Several processes may add to one file: each looks before a run, and again before it
+    writes, which is in the file by now.
+
     Args:
         path: The file, which is written whole after every key.
         keys: Values of the columns by which rows are told apart.
         run: Returns the rows of a key, whose values it takes in their order.
     """
-    rows = read_rows(path)
     for key in keys:
-        if len(rows) and (rows[list(key)] == list(key.values())).all(axis=1).any():
+        if _has(read_rows(path), key):
             continue
         new = pd.DataFrame(run(*key.values()))
-        rows = pd.concat([rows, new], ignore_index=True)
-        write_whole(path, rows.to_csv(index=False))
+        with _alone_in(path.parent):
+            rows = read_rows(path)
+            if _has(rows, key):
+                continue
+            rows = pd.concat([rows, new], ignore_index=True)
+            write_whole(path, rows.to_csv(index=False))
         print(new.to_string(index=False, header=False), flush=True)
+
+
+def _has(rows: pd.DataFrame, key: Row) -> bool:
+    """Return whether there are rows of a key."""
+    return bool(len(rows) and (rows[list(key)] == list(key.values())).all(axis=1).any())
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block, which ends with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # A lock of the folder leaves no file behind.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def print_report(
