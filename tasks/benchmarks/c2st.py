@@ -6,7 +6,7 @@
 
 `accuracy` computes both on 38 pairs of sets of samples, from indistinguishable to
 plainly different, with two seeds. It takes about two hours, nearly all of them
-scikit-learn's; each finished pair is appended to a table (`--out`), and the same
+scikit-learn's; each finished pair is added to a table (`--out`), and the same
 command resumes where it was stopped. `report` says what the table has. `speed` times
 both side by side on 10,000 against 10,000 samples of two, five and ten parameters, one
 pair and several at once.
@@ -14,6 +14,7 @@ pair and several at once.
 
 import argparse
 import csv
+import io
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from torch import Tensor
 from sbi_jeffreys.metrics import c2st, c2st_many
 from tasks import get_task
 from tasks.report import markdown_table
+from tasks.results import write_whole
 
 TASKS = (
     "two_moons",
@@ -111,7 +113,7 @@ def accuracy(path: Path) -> None:
     """Compare on all pairs, with one thread each, and print the differences.
 
     Args:
-        path: The table, which pairs that are not in it are appended to.
+        path: The table, to which pairs that are not in it are added.
     """
     torch.set_num_threads(1)
     done = {row["pair"] for row in _read(path)}
@@ -130,18 +132,27 @@ def accuracy(path: Path) -> None:
 
 
 def _append(path: Path, row: list[Any]) -> None:
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([COLUMNS, row] if new else [row])
+    """Write the table again with one more row, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows(there.values() for there in _read(path))
+    writer.writerow(row)
+    write_whole(path, text.getvalue())
 
 
 def _read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table that are whole.
+
+    Tables were once appended to: after a kill a line may lack columns, or hold those
+    of the next row, too.
+    """
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        # A line cut short by a kill lacks its last column.
-        return [row for row in csv.DictReader(file) if row[COLUMNS[-1]]]
+        # Where a row is longer than the header the surplus has the name None.
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if set(row) == set(COLUMNS) and all(row.values())]
 
 
 def report(rows: list[dict[str, str]]) -> str:
