@@ -270,7 +270,8 @@ def train_and_score(
         # an epoch, so it is taken at the epoch's end rather than at every step.
         penalty = nets.penalty() * (len(examples.batches) / num_train)
         loss = examples.cross_entropy() + penalty
-        stale = torch.where(loss > best - TOLERANCE, stale + 1, 0)
+        # A loss of NaN, which is not lower either, is never mended.
+        stale = torch.where(loss <= best - TOLERANCE, 0, stale + 1)
         best = torch.minimum(best, loss)
         done = stale > PATIENCE
         if epoch == max_epochs:

@@ -147,6 +147,21 @@ class TestBatchedMLP:
         assert len(set(epochs)) == 3
 
 
+def test_classifier_whose_loss_is_nan_stops(monkeypatch):
+    losses = []
+    cross_entropy = mlp.Examples.cross_entropy
+
+    def noted(self):
+        losses.append(cross_entropy(self))
+        return losses[-1]
+
+    monkeypatch.setattr(mlp.Examples, "cross_entropy", noted)
+    x, y = torch.full((1, 40, 2), torch.nan), torch.arange(40.0)[None] % 2
+    mlp.train_and_score(x, y, x, y, hidden=4, seed=1, max_epochs=100)
+    assert len(losses) == mlp.PATIENCE + 1
+    assert torch.stack(losses).isnan().all()
+
+
 class TestC2ST:
     @pytest.mark.parametrize(("dim", "shift"), [(1, 0.5), (2, 0.0), (2, 1.0), (3, 3.0)])
     def test_agrees_with_scikit_learn(self, dim, shift):
