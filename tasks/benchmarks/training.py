@@ -7,15 +7,17 @@
     python -m tasks.benchmarks.training flows
     python -m tasks.benchmarks.training memory
 
-Each figure is a ratio of two measurements that alternate in one run, on one core, with
-the same simulations, the same flow, the same batches and the same number of gradient
-steps. `epochs` divides seconds per epoch: of each stage of the training, and of all
-three in equal parts, sets of samples included. `converged` trains both with all
-defaults until they stop. `sampling` times 10,000 samples, their densities and the
-refined posterior. `memory` compares peaks of processes that train three epochs on
-100,000 simulations. `flows` divides times of sbi's flows as this library runs them by
-those of sbi's. `profile` is of JeffreysNPE alone: the share of each part of the work in
-the processor's time of the epochs of each stage, sets of samples included.
+Each figure is a ratio of two measurements in one run, on one core, with the same
+simulations, the same flow, the same batches and the same number of gradient steps.
+Those of `flows` alternate; the others are made one after the other, so that other work
+of the machine may slow one of them alone. `epochs` divides seconds per epoch: of each
+stage of the training, and of all three in equal parts, sets of samples included.
+`converged` trains both with all defaults until they stop. `sampling` times 10,000
+samples, their densities and the refined posterior. `memory` compares peaks of processes
+that train three epochs on 100,000 simulations. `flows` divides times of sbi's flows as
+this library runs them by those of sbi's. `profile` is of JeffreysNPE alone: the share
+of each part of the work in the processor's time of the epochs of each stage, sets of
+samples included.
 """
 
 import argparse
