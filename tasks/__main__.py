@@ -73,6 +73,8 @@ def _execute(sweep, options: argparse.Namespace) -> int:
         f"{options.results}: {summary.finished} rows added, {summary.found} were "
         f"there, {summary.failed} of them failed."
     )
+    for metric, count in summary.unscored.items():
+        print(f"{count} rows lack {metric}; remove them to have them made with it.")
     if summary.other_commits:
         print(
             f"{summary.other_commits} of the rows that were there are of other commits."

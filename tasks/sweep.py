@@ -1,6 +1,7 @@
 """A grid of tasks, methods, budgets, seeds and observations, and its execution."""
 
 import itertools
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -200,12 +201,15 @@ class Summary:
         finished: Number of rows added.
         failed: Of all its rows, the number that record an error.
         other_commits: Of those found, the number that another commit made.
+        unscored: Of those found that record no error, the number that lacks each
+            metric that is asked for.
     """
 
     found: int = 0
     finished: int = 0
     failed: int = 0
     other_commits: int = 0
+    unscored: dict[str, int] = field(default_factory=dict)
 
 
 def run_sweep(
@@ -266,6 +270,7 @@ def run_sweep(
             found=len(found),
             failed=sum(there[key]["status"] == "failed" for key in found),
             other_commits=sum(there[key]["commit"] != COMMIT for key in found),
+            unscored=_count_unscored([there[key] for key in found], sweep.metrics),
         )
         with tqdm(
             total=sum(len(unit.rows) for unit in units),
@@ -314,6 +319,18 @@ def parse_numbers(name: str, text: str) -> tuple[int, ...]:
     if not numbers:
         raise InputError(f"{name}: {text!r} is an empty range.")
     return tuple(dict.fromkeys(numbers))
+
+
+def _count_unscored(rows: list[Row], metrics: Iterable[str]) -> dict[str, int]:
+    """Return of how many rows that record no error each metric was left out."""
+    good = [row for row in rows if row["status"] == "ok"]
+    counts = {
+        name: sum(math.isnan(row[name]) for row in good)
+        for name in metrics
+        # Which is NaN, too, of posteriors that have no normalised density.
+        if name != "log_prob_true_parameters"
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def _check_settings(units: list[Unit], there: dict[Key, Row], results: Path) -> None:

@@ -34,6 +34,15 @@ GRID = {
     "observations": (1, 2),
     "num_samples": 30,
 }
+_SWEEP_OF_FAKE = """
+tasks = ["two_moons"]
+methods = ["fake"]
+budgets = [20]
+seeds = [1]
+observations = [1, 2]
+num_samples = 30
+metrics = ["c2st", "mmd", "log_prob_true_parameters"]
+"""
 FILE = """
 tasks = ["two_moons"]
 methods = ["npe_maf"]
@@ -265,6 +274,22 @@ def test_rows_that_are_retried_may_have_had_other_settings(fake, tmp_path):
         make(results)
     assert make(results, retry_failed=True).finished == 6
     assert (load(results)["status"] == "ok").all()
+
+
+def test_rows_found_are_told_where_they_are_not_what_is_asked_for(
+    fake, tmp_path, monkeypatch, capsys
+):
+    results = tmp_path / "results"
+    make(results, Sweep(**{**GRID, "seeds": (1,), "metrics": ("mmd",)}))
+    (tmp_path / "s.toml").write_text(_SWEEP_OF_FAKE)
+    monkeypatch.setattr("tasks.sweep.COMMIT", "0123456789ab")
+    command = ["sweep", str(tmp_path / "s.toml"), "--results", str(results)]
+    assert main(command) == 0
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert told == [
+        "2 rows lack c2st; remove them to have them made with it.",
+        "2 of the rows that were there are of other commits.",
+    ]
 
 
 def test_folder_that_cannot_be_written_is_said_before_a_training(
