@@ -1,6 +1,7 @@
 """`JeffreysNPE`: neural posterior estimation under the adaptive Jeffreys objective."""
 
 import math
+import traceback
 import warnings
 from contextlib import suppress
 from copy import deepcopy
@@ -18,6 +19,7 @@ from typing import (
     get_args,
 )
 
+import numpy as np
 import torch
 from sbi.inference import NPE
 from sbi.inference.posteriors.base_posterior import NeuralPosterior
@@ -131,12 +133,23 @@ class NonFiniteError(ValueError):
     """Training turned NaN or infinite."""
 
 
-# What flows, distributions and linear algebra raise when numbers turn NaN.
-NUMERICAL_ERRORS = (
+# What arithmetic and linear algebra raise, whoever calls them.
+ARITHMETIC_ERRORS = (
     ArithmeticError,
-    AssertionError,
-    ValueError,
+    NonFiniteError,
+    np.linalg.LinAlgError,
     torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+)
+# What flows and distributions raise, too, when numbers turn NaN, as does much else.
+NUMERICAL_ERRORS = (*ARITHMETIC_ERRORS, AssertionError, ValueError)
+# Packages of which these errors tell of numbers. Not all of sbi, nor this one: what
+# they raise elsewhere is of settings.
+NUMERICAL_PACKAGES = (
+    "nflows",
+    "pyknos",
+    "sbi.utils.torchutils",
+    "torch.distributions",
+    "zuko",
 )
 
 
@@ -343,6 +356,8 @@ class JeffreysNPE(NPE):
         Ctrl-C ends the training with the best networks so far. An epoch that turns
         NaN or infinite is tried again from the last complete one, with half the
         learning rate; when that does not help, training ends with the best networks.
+        Errors that have nothing to do with numbers, such as those of an embedding
+        network of your own, are raised as they are, with the best networks kept.
 
         With `resume_training=True` training goes on from the last complete epoch as if
         it had not ended there: with the networks, the optimizer, the dual variables
@@ -798,9 +813,11 @@ class JeffreysNPE(NPE):
                 do with numbers. The networks are then what they were before the
                 training, or the best of it.
         """
-        numerical = isinstance(error, NUMERICAL_ERRORS) or (
-            isinstance(error, RuntimeError) and not all_finite(self._estimator)
-        )
+        numerical = isinstance(error, ARITHMETIC_ERRORS)
+        if isinstance(error, (*NUMERICAL_ERRORS, RuntimeError)):
+            numerical = numerical or not all_finite(self._estimator)
+        if isinstance(error, NUMERICAL_ERRORS):
+            numerical = numerical or _raised_in(error, NUMERICAL_PACKAGES)
         state = self._last_epoch
         if state is None or not math.isfinite(state["best"]["flow"][0]):
             self._forget_training()
@@ -1566,6 +1583,14 @@ def _as_weights(weights: Union[str, Weights]) -> Weights:
             f"{weights!r}."
         )
     return named[weights]()
+
+
+def _raised_in(error: BaseException, packages: Sequence[str]) -> bool:
+    """Return whether code of one of these packages raised an error, no other's."""
+    module = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_globals.get("__name__", "")
+    return any(f"{module}.".startswith(f"{package}.") for package in packages)
 
 
 def _ones(x: Tensor) -> Tensor:

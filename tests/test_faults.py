@@ -195,6 +195,11 @@ def test_parameters_of_the_prior_are_not_warned_of():
 # ----------------------------------------------------------------- NaN in the middle
 
 
+def raise_in(module, error):
+    """Raise an error as code of a module does."""
+    exec("raise error", {"__name__": module, "error": error})
+
+
 def poisoned_flow(times, how="nan"):
     """Return a builder of a flow that fails at calls of its density in training.
 
@@ -216,12 +221,18 @@ def poisoned_flow(times, how="nan"):
                         return log_prob * math.nan
                     if how == "parameters":
                         self.bias.data.fill_(math.nan)
-                    elif how == "assertion":  # as splines of nflows
-                        raise AssertionError("discriminant")
+                    elif how == "assertion":
+                        splines = "nflows.transforms.splines.rational_quadratic"
+                        raise_in(splines, AssertionError("discriminant"))
                     elif how == "wordless":
-                        raise AssertionError
+                        raise_in("nflows.transforms.base", AssertionError())
                     elif how == "error":
                         raise RuntimeError("CUDA out of memory")
+                    elif how == "setting":
+                        raise ValueError("unknown mode of pooling")
+                    elif how == "parameters and setting":
+                        self.bias.data.fill_(math.nan)
+                        raise ValueError("no feature is finite")
             return log_prob
 
     def build(theta, x):
@@ -231,7 +242,9 @@ def poisoned_flow(times, how="nan"):
 
 
 # Two steps an epoch of these: three with the flow, six without and one with both.
-@pytest.mark.parametrize("how", ["nan", "parameters", "assertion"])
+@pytest.mark.parametrize(
+    "how", ["nan", "parameters", "assertion", "parameters and setting"]
+)
 @pytest.mark.parametrize(("call", "epoch"), [(3, 1), (4, 1), (7, 9), (8, 9)])
 def test_a_flow_that_turns_nan_recovers(how, call, epoch):
     inference = make(density_estimator=poisoned_flow({call}, how))
@@ -335,10 +348,24 @@ def test_a_flow_that_cannot_be_inverted_in_the_end(monkeypatch):
     assert inference._neural_net.exponent == 0
 
 
+def test_settings_that_are_wrong_from_the_start_are_not_taken_for_numbers():
+    inference = make(density_estimator=poisoned_flow({1}, "setting"))
+    with pytest.raises(ValueError, match="^unknown mode of pooling$"):
+        train(inference, 8, simulate())
+    assert inference._neural_net is None
+
+
 @pytest.mark.parametrize(("call", "epoch"), [(5, 2), (7, 9)])
-def test_errors_that_are_none_of_numbers_are_passed_on(call, epoch):
-    inference = make(density_estimator=poisoned_flow({call}, "error"))
-    with pytest.raises(RuntimeError, match="out of memory"):
+@pytest.mark.parametrize(
+    ("how", "kind", "match"),
+    [
+        ("error", RuntimeError, "out of memory"),
+        ("setting", ValueError, "^unknown mode of pooling$"),
+    ],
+)
+def test_errors_that_are_none_of_numbers_are_passed_on(how, kind, match, call, epoch):
+    inference = make(density_estimator=poisoned_flow({call}, how))
+    with pytest.raises(kind, match=match):
         train(inference, 10, simulate())
     # But the best network is kept, and training can go on.
     assert parameters(inference._neural_net).isfinite().all()
