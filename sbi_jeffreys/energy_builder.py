@@ -1,5 +1,6 @@
 """Builders of the proxy, as sbi has them of its networks."""
 
+from numbers import Integral, Real
 from typing import Callable, Literal, Optional, Protocol
 
 import torch
@@ -84,8 +85,19 @@ def energy_nn(
         Builder to be passed to `JeffreysNPE(energy_estimator=...)`.
 
     Raises:
-        ValueError: If `base_measure`, `likelihood` or a z-scoring option is unknown.
+        ValueError: If a size or the dropout is out of its range, or if `base_measure`,
+            `likelihood` or a z-scoring option is unknown.
     """
+    for name, value, least in (
+        ("hidden_features", hidden_features, 1),
+        ("num_blocks", num_blocks, 0),
+    ):
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(
+                f"{name} must be an integer of at least {least}, got {value!r}."
+            )
+    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}.")
     embedding_net = check_net_device(
         embedding_net, "cpu", "The embedding net is moved to the CPU for building."
     )

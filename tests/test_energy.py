@@ -348,8 +348,13 @@ def test_two_proxies_of_a_builder_share_nothing():
     [
         ({"base_measure": "uniform"}, "'prior' or 'lebesgue', got 'uniform'"),
         ({"z_score_x": "all"}, "z_score_x must be .* got 'all'"),
+        ({"hidden_features": 0}, "hidden_features must .* at least 1, got 0"),
+        ({"hidden_features": 8.0}, "hidden_features must be an integer .* got 8.0"),
+        ({"num_blocks": -1}, "num_blocks must be an integer of at least 0, got -1"),
+        ({"dropout": 2.0}, r"dropout must be in \[0, 1\), got 2.0"),
+        ({"dropout": 1}, r"dropout must be in \[0, 1\), got 1"),
     ],
 )
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        energy_nn(**kwargs)(*simulations(), PRIOR)
+        energy_nn(**kwargs)
