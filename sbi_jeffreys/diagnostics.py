@@ -246,7 +246,8 @@ def compare_models(
 
     Raises:
         ValueError: If `inference` has not been trained, or not on the simulations it
-            holds, or if `held_out` are not as many parameters as outputs.
+            holds, or if `held_out` are not as many parameters as outputs. Without
+            `held_out` also if it was loaded from a file without simulations.
     """
     estimator = _trained(inference)
     if held_out is None:
@@ -304,7 +305,8 @@ def check_fit(
 
     Raises:
         ValueError: If `x_o` is not one observation, if `false_alarm_rate` is not
-            between 0 and 1, or if `inference` has not been trained.
+            between 0 and 1, or if `inference` has not been trained, not on the
+            simulations it holds, or was loaded from a file without simulations.
     """
     if not 0 < false_alarm_rate < 1:
         raise ValueError(
@@ -361,15 +363,23 @@ def _trained(inference: JeffreysNPE) -> JeffreysEstimator:
 
 def _simulations(inference: JeffreysNPE) -> Tuple[Tensor, Tensor, Tensor]:
     """Return the simulations of the last training, and which are from the prior."""
+    if not hasattr(inference, "train_indices"):
+        raise ValueError(
+            "The simulations that the networks were trained on are not here: this "
+            "JeffreysNPE was loaded from a file without them. Load one that was saved "
+            "with save(path, simulations=True). compare_models, not check_fit, can do "
+            "without: compare_models(inference, held_out=(theta, x))."
+        )
     num_used = len(inference.train_indices) + len(inference.val_indices)
-    # `discard_prior_samples` leaves the first round out.
-    for starting_round in (0, 1):
+    # `discard_prior_samples` leaves the first round out, where there are others.
+    for starting_round in range(min(2, max(inference._data_round_index) + 1)):
         theta, x, masks = inference.get_simulations(starting_round)
         if len(theta) == num_used:
             return theta, x, masks.flatten().bool()
+    num = sum(map(len, inference._theta_roundwise))
     raise ValueError(
-        f"The last training used {num_used} simulations, but there are {len(theta)} "
-        "now. Train on all of them first."
+        f"The last training used {num_used} simulations, but there are {num} now. "
+        "Train on all of them first."
     )
 
 

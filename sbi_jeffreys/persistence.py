@@ -473,6 +473,9 @@ def _fill(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
     built_with = content["built_with"]
     theta = built_with["theta"]
     if stored is None:
+        # Those that the object had are of a training before.
+        for name in ("train_indices", "val_indices"):
+            vars(inference).pop(name, None)
         x = _x_like_that_built_with(built_with)
         all_theta = theta
         # Simulations that are appended later are others.

@@ -44,7 +44,8 @@ def train_gaussians(shift=0.0, width=1.0, tilt=0.0, proxy_width=1.0, num=400, **
     """Train closed forms so slowly that they stay.
 
     The posterior is N(0.8 x, 0.2). The flow is `width` as wide and off by `shift` and
-    by `tilt` times x; the proxy is `proxy_width` as wide.
+    by `tilt` times x; the proxy is `proxy_width` as wide. Without simulations there
+    is no training.
     """
     root = width * 0.2**0.5 * torch.eye(2)
     weight = torch.tensor([[0.8 + tilt, 0.0], [0.0, 0.8]])
@@ -64,8 +65,9 @@ def train_gaussians(shift=0.0, width=1.0, tilt=0.0, proxy_width=1.0, num=400, **
         show_progress_bars=False,
         energy_estimator=lambda theta, x, prior: gaussian_proxy(net, PRIOR),
     )
-    inference.append_simulations(*simulate(num))
-    inference.train(learning_rate=1e-12, max_num_epochs=1, **kwargs)
+    if num > 0:
+        inference.append_simulations(*simulate(num))
+        inference.train(learning_rate=1e-12, max_num_epochs=1, **kwargs)
     return inference
 
 
@@ -217,6 +219,30 @@ def test_simulations_of_the_last_training_are_used():
     assert comparison.calibration_test() == (0.0, 1.0)
     assert "too few simulations from the prior" in str(comparison)
     assert check_fit(inference, torch.zeros(2), comparison).trusted
+
+
+def test_appended_simulations_are_to_be_trained_on_first():
+    inference = train_gaussians(num=100)
+    inference.append_simulations(*simulate(50))
+    said = "used 100 simulations, but there are 150 now. Train on all of them first"
+    for use in (compare_models, lambda i: check_fit(i, torch.zeros(2))):
+        with pytest.raises(ValueError, match=said):
+            use(inference)
+
+
+def test_a_file_without_simulations_needs_others(tmp_path):
+    inference = train_gaussians(num=100)
+    inference.save(tmp_path / "fit.pt", simulations=False)
+    held_out = simulate(20)
+    # Those of another training are no stand-in.
+    for loaded in (train_gaussians(num=0), train_gaussians(num=120)):
+        loaded.load(tmp_path / "fit.pt")
+        comparison = compare_models(loaded, held_out)
+        assert len(comparison) == 20
+        with pytest.raises(ValueError, match="simulations=True"):
+            compare_models(loaded)
+        with pytest.raises(ValueError, match="simulations=True"):
+            check_fit(loaded, torch.zeros(2), comparison)
 
 
 # --------------------------------------------------------------------------- verdicts
