@@ -245,9 +245,11 @@ def compare_models(
         The comparison; `print` it for a report.
 
     Raises:
+        TypeError: If `inference` is no `JeffreysNPE`, or `held_out` no two tensors.
         ValueError: If `inference` has not been trained, or not on the simulations it
-            holds, or if `held_out` are not as many parameters as outputs. Without
-            `held_out` also if it was loaded from a file without simulations.
+            holds, or if `held_out` are not as many parameters as outputs, or of other
+            shapes than the networks were trained with. Without `held_out` also if it
+            was loaded from a file without simulations.
     """
     estimator = _trained(inference)
     if held_out is None:
@@ -255,12 +257,7 @@ def compare_models(
         index = inference.val_indices
         theta, x, from_prior = theta[index], x[index], from_prior[index]
     else:
-        theta, x = held_out
-        if len(theta) != len(x):
-            raise ValueError(
-                "held_out must hold as many parameters as outputs, got "
-                f"{len(theta)} and {len(x)}."
-            )
+        theta, x = _checked_pair(held_out, estimator)
         from_prior = torch.ones(len(theta), dtype=torch.bool)
     if len(x) == 0:
         raise ValueError("There are no held-out simulations to compare the models on.")
@@ -304,6 +301,8 @@ def check_fit(
         The verdict; `print` it.
 
     Raises:
+        TypeError: If `inference` is no `JeffreysNPE`, or `comparison` not what
+            `compare_models` returns.
         ValueError: If `x_o` is not one observation, if `false_alarm_rate` is not
             between 0 and 1, or if `inference` has not been trained, not on the
             simulations it holds, or was loaded from a file without simulations.
@@ -313,6 +312,11 @@ def check_fit(
             f"false_alarm_rate must be between 0 and 1, got {false_alarm_rate}."
         )
     estimator = _trained(inference)
+    if not isinstance(comparison, (ModelComparison, type(None))):
+        raise TypeError(
+            "comparison must be what compare_models returned, got "
+            f"{type(comparison).__name__}."
+        )
     x_o = reshape_to_batch_event(process_x(x_o), estimator.condition_shape)
     if len(x_o) != 1:
         raise ValueError(
@@ -355,6 +359,11 @@ def check_fit(
 
 
 def _trained(inference: JeffreysNPE) -> JeffreysEstimator:
+    if not isinstance(inference, JeffreysNPE):
+        raise TypeError(
+            "inference must be the JeffreysNPE that was trained, whose proxy and "
+            f"simulations are needed; got {type(inference).__name__}."
+        )
     estimator = inference._neural_net
     if not isinstance(estimator, JeffreysEstimator):
         raise ValueError("There is no trained network yet: call .train() first.")
@@ -381,6 +390,30 @@ def _simulations(inference: JeffreysNPE) -> Tuple[Tensor, Tensor, Tensor]:
         f"The last training used {num_used} simulations, but there are {num} now. "
         "Train on all of them first."
     )
+
+
+def _checked_pair(
+    held_out: Tuple[Tensor, Tensor], estimator: JeffreysEstimator
+) -> Tuple[Tensor, Tensor]:
+    """Return parameters and outputs, if they are such as the networks take."""
+    parts = tuple(held_out) if isinstance(held_out, (tuple, list)) else (held_out,)
+    if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+        given = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(f"held_out must be two tensors, (theta, x); got ({given}).")
+    theta, x = parts
+    shapes = estimator.input_shape, estimator.condition_shape
+    if theta.shape[1:] != shapes[0] or x.shape[1:] != shapes[1]:
+        expected = " and ".join(str(("num", *shape)) for shape in shapes)
+        raise ValueError(
+            f"held_out must be parameters and outputs of shapes {expected}, got "
+            f"{tuple(theta.shape)} and {tuple(x.shape)}."
+        )
+    if len(theta) != len(x):
+        raise ValueError(
+            "held_out must hold as many parameters as outputs, got "
+            f"{len(theta)} and {len(x)}."
+        )
+    return theta, x
 
 
 @torch.no_grad()

@@ -61,8 +61,10 @@ def plot_training(
         Figure and axes.
 
     Raises:
+        TypeError: If the summary is no mapping.
         ValueError: If the summary holds no epoch, or is not JeffreysNPE's.
     """
+    _check_mapping("summary", summary, "inference.summary")
     if not summary.get("validation_proxy_forward_kl"):
         raise ValueError(
             "The summary holds no epoch of JeffreysNPE. Give `inference.summary` of a "
@@ -329,8 +331,10 @@ def plot_corner(
         Figure and axes, as `pairplot`.
 
     Raises:
+        TypeError: If the samples have no names.
         ValueError: If there are no samples, or samples of different parameters.
     """
+    _check_mapping("samples", samples, '{"flow": samples}')
     shapes = {name: tuple(part.shape) for name, part in samples.items()}
     if len({shape[1:] for shape in shapes.values()}) != 1 or any(
         len(shape) != 2 for shape in shapes.values()
@@ -447,6 +451,7 @@ def plot_calibration(
         Figure and axes, one for each parameter and one for the coverage.
 
     Raises:
+        TypeError: If ranks or coverage have no names.
         ValueError: If there is nothing to plot, or if ranks are of different shapes or
             exceed `num_posterior_samples`.
 
@@ -456,6 +461,10 @@ def plot_calibration(
     [2] P. Lemos et al., "Sampling-Based Accuracy Testing of Posterior Estimators for
     General Inference", ICML 2023.
     """
+    _check_mapping("ranks", {} if ranks is None else ranks, '{"flow": ranks}')
+    _check_mapping(
+        "coverage", {} if coverage is None else coverage, '{"flow": (ecp, alpha)}'
+    )
     tables = {k: np.asarray(v, dtype=float) for k, v in (ranks or {}).items()}
     if not tables and not coverage:
         raise ValueError("Nothing to plot: give ranks, coverage or both.")
@@ -572,8 +581,12 @@ def plot_c2st(
         Figure and axes.
 
     Raises:
+        TypeError: If values have no names, or no numbers of simulations.
         ValueError: If a method has no values, or there is none.
     """
+    _check_mapping("c2st", c2st, '{"NPE": {1_000: [0.7, 0.8]}}')
+    for name, by_budget in c2st.items():
+        _check_mapping(f"c2st[{name!r}]", by_budget, "{1_000: [0.7, 0.8]}")
     curves = {
         name: {num: _values(part) for num, part in sorted(by_budget.items())}
         for name, by_budget in c2st.items()
@@ -609,6 +622,13 @@ def plot_c2st(
     if ax is None:
         axes.legend(frameon=False)
     return axes.figure, axes  # type: ignore[return-value]
+
+
+def _check_mapping(name: str, value: object, example: str) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"{name} must be a mapping, such as {example}; got {type(value).__name__}."
+        )
 
 
 def _line_style(

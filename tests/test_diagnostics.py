@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from helpers import LinearGaussianFlow, QuadraticEnergy, gaussian_proxy
+from sbi.inference import NPE
 from sbi.neural_nets import posterior_nn
 from sbi.neural_nets.embedding_nets import FCEmbedding, PermutationInvariantEmbedding
 from sbi.utils import BoxUniform
@@ -354,6 +355,51 @@ def test_too_few_held_out_simulations_are_said():
 )
 def test_errors(use, message):
     with pytest.raises(ValueError, match=message):
+        use(train_gaussians(num=100))
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (
+            lambda i: check_fit(i.build_posterior(), torch.zeros(2)),
+            TypeError,
+            "the JeffreysNPE that was trained.* got DirectPosterior",
+        ),
+        (
+            lambda i: compare_models(NPE(PRIOR, tracker=NoTracker())),
+            TypeError,
+            "the JeffreysNPE that was trained.* got NPE",
+        ),
+        (
+            lambda i: check_fit(i, torch.zeros(2), simulate(10)),
+            TypeError,
+            "comparison must be what compare_models returned, got tuple",
+        ),
+        (
+            lambda i: compare_models(i, (torch.zeros(3, 2),)),
+            TypeError,
+            r"\(theta, x\); got \(Tensor\)",
+        ),
+        (
+            lambda i: compare_models(i, torch.zeros(2, 2)),
+            TypeError,
+            r"\(theta, x\); got \(Tensor\)",
+        ),
+        (
+            lambda i: compare_models(i, (torch.zeros(3, 1), torch.zeros(3, 2))),
+            ValueError,
+            r"shapes \('num', 2\) and \('num', 2\), got \(3, 1\) and \(3, 2\)",
+        ),
+        (
+            lambda i: compare_models(i, (torch.zeros(3, 2), torch.zeros(3, 2, 2))),
+            ValueError,
+            r"got \(3, 2\) and \(3, 2, 2\)",
+        ),
+    ],
+)
+def test_objects_of_another_kind(use, error, message):
+    with pytest.raises(error, match=message):
         use(train_gaussians(num=100))
 
 

@@ -504,3 +504,19 @@ def test_plot_c2st_draws_into_given_axes_with_given_styles():
 def test_plot_c2st_says_what_it_needs(nothing):
     with pytest.raises(ValueError, match="no C2ST of (NPE|any)"):
         plot_c2st(nothing)
+
+
+@pytest.mark.parametrize(
+    ("plot", "example"),
+    [
+        (lambda: plot_training(object()), "summary .* inference.summary; got object"),
+        (lambda: plot_corner(torch.randn(9, 2)), "samples .* got Tensor"),
+        (lambda: plot_calibration(torch.ones(9, 2)), "ranks .* got Tensor"),
+        (lambda: plot_calibration(coverage=(1, 2)), "coverage .* got tuple"),
+        (lambda: plot_c2st([0.7, 0.8]), "c2st must be a mapping.* got list"),
+        (lambda: plot_c2st({"a": [0.7]}), r"c2st\['a'\] must be.*{1_000.* got list"),
+    ],
+)
+def test_what_has_no_names_is_refused(plot, example):
+    with pytest.raises(TypeError, match=example):
+        plot()
