@@ -580,8 +580,16 @@ class JeffreysNPE(NPE):
 
         Returns:
             The posterior.
+
+        Raises:
+            TypeError: If there are keywords for another way to sample.
         """
         if sample_with != "refined":
+            if refined_sampling_parameters:
+                raise TypeError(
+                    f"sample_with={sample_with!r} takes no refined_sampling_parameters."
+                    " They are for sample_with='refined'."
+                )
             return super().build_posterior(
                 density_estimator, prior, sample_with, *args, **kwargs
             )

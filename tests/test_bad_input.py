@@ -402,6 +402,15 @@ def test_keywords_that_the_refined_posterior_does_not_take(kwargs, message):
         inference.build_posterior(sample_with="refined", **kwargs)
 
 
+@pytest.mark.parametrize("sample_with", ["direct", "mcmc"])
+def test_keywords_that_only_the_refined_posterior_takes(sample_with):
+    inference = train(*simulate(50))
+    with pytest.raises(TypeError, match=f"{sample_with}.*for sample_with='refined'"):
+        inference.build_posterior(
+            sample_with=sample_with, refined_sampling_parameters={"num_moves": 3}
+        )
+
+
 def test_unknown_way_to_sample():
     inference = train(*simulate(50))
     with pytest.raises(NotImplementedError, match="hmc"):
