@@ -583,7 +583,10 @@ class JeffreysNPE(NPE):
 
         Raises:
             TypeError: If there are keywords for another way to sample.
+            ValueError: If nothing was trained yet, and no estimator is given.
         """
+        if density_estimator is None and self._neural_net is None:
+            raise ValueError("There is no trained network yet: call .train() first.")
         if sample_with != "refined":
             if refined_sampling_parameters:
                 raise TypeError(
@@ -599,8 +602,6 @@ class JeffreysNPE(NPE):
                 f"sample_with='refined' takes no {', '.join(unused)}. Its keywords go "
                 "into refined_sampling_parameters={...}."
             )
-        if density_estimator is None and self._neural_net is None:
-            raise ValueError("There is no trained network yet: call .train() first.")
         prior = self._resolve_prior(prior, "direct")
         estimator, device = self._resolve_estimator(density_estimator)
         self._posterior = RefinedPosterior(

@@ -402,6 +402,12 @@ def test_keywords_that_the_refined_posterior_does_not_take(kwargs, message):
         inference.build_posterior(sample_with="refined", **kwargs)
 
 
+@pytest.mark.parametrize("sample_with", ["direct", "mcmc", "refined"])
+def test_posterior_before_training(sample_with):
+    with pytest.raises(ValueError, match=r"no trained network yet: call .train\(\)"):
+        make().build_posterior(sample_with=sample_with)
+
+
 @pytest.mark.parametrize("sample_with", ["direct", "mcmc"])
 def test_keywords_that_only_the_refined_posterior_takes(sample_with):
     inference = train(*simulate(50))
