@@ -400,7 +400,7 @@ def plot_corner(
 def plot_calibration(
     ranks: Optional[Mapping[str, Union[Tensor, np.ndarray]]] = None,
     coverage: Optional[Mapping[str, Tuple[Tensor, Tensor]]] = None,
-    num_posterior_samples: int = 1000,
+    num_posterior_samples: Optional[int] = None,
     num_simulations: Optional[int] = None,
     labels: Optional[Sequence[str]] = None,
     confidence: float = 0.95,
@@ -431,14 +431,15 @@ def plot_calibration(
         }
         ranks = {k: run_sbc(theta, x, p)[0] for k, p in posteriors.items()}
         coverage = {k: run_tarp(theta, x, p) for k, p in posteriors.items()}
-        plot_calibration(ranks, coverage)
+        plot_calibration(ranks, coverage, num_posterior_samples=1000)  # run_sbc's
 
     Args:
         ranks: Ranks of every posterior by its name, the first that
             `sbi.diagnostics.run_sbc` returns, `(num_simulations, num_parameters)`.
         coverage: Expected coverage and credibility levels, what
             `sbi.diagnostics.run_tarp` returns.
-        num_posterior_samples: Number of samples among which the ranks are.
+        num_posterior_samples: Number of samples among which the ranks are, as
+            `run_sbc` was given it; needed with ranks.
         num_simulations: Number of simulations behind `coverage`, for its band; that of
             the ranks if not given.
         labels: Names of the parameters.
@@ -452,8 +453,8 @@ def plot_calibration(
 
     Raises:
         TypeError: If ranks or coverage have no names.
-        ValueError: If there is nothing to plot, or if ranks are of different shapes or
-            exceed `num_posterior_samples`.
+        ValueError: If there is nothing to plot, or if ranks are of different shapes,
+            exceed `num_posterior_samples` or come without.
 
     [1] S. Talts et al., "Validating Bayesian Inference Algorithms with Simulation-Based
     Calibration", arXiv:1804.06788.
@@ -474,11 +475,20 @@ def plot_calibration(
             "ranks must be (num_simulations, num_parameters), the same for every "
             f"posterior; got {shapes}."
         )
-    if tables and max(table.max() for table in tables.values()) > num_posterior_samples:
-        raise ValueError(
-            f"Ranks exceed num_posterior_samples={num_posterior_samples}. Give the "
-            "number that run_sbc was given."
-        )
+    if tables:
+        # It cannot be told from the ranks, as the largest may not be reached.
+        if num_posterior_samples is None:
+            raise ValueError(
+                "Ranks need num_posterior_samples, the number of samples among which "
+                "they are. Give the number that run_sbc was given, or its default, "
+                "1000."
+            )
+        if max(table.max() for table in tables.values()) > num_posterior_samples:
+            raise ValueError(
+                f"Ranks exceed num_posterior_samples={num_posterior_samples}. Give the "
+                "number that run_sbc was given."
+            )
+        tables = {name: t / num_posterior_samples for name, t in tables.items()}
     num_runs, num_parameters = next(iter(shapes.values()), (None, 0))
     num_panels = num_parameters + bool(coverage)
     num_columns = min(num_panels, 4)
@@ -513,7 +523,7 @@ def plot_calibration(
         for method, table in tables.items():
             # Not sbi's sbc_rank_plot: its bins end at the smallest and largest rank
             # that were seen, which hides ends that the posterior never reaches.
-            values = np.sort(table[:, i]) / num_posterior_samples
+            values = np.sort(table[:, i])
             steps = np.concatenate(([0.0], values, [1.0]))
             shares = np.append(np.arange(len(values) + 1) / len(values), 1.0)
             axes[i].step(steps, shares, where="post", **style[method])

@@ -411,7 +411,7 @@ def test_plot_calibration_shows_ranks_that_are_never_reached():
     # Of a posterior far too wide, all ranks are in the middle. Bins between the
     # smallest and largest of them would show a diagonal.
     ranks = torch.randint(450, 551, (300, 1))
-    _, axes = plot_calibration({"wide": ranks})
+    _, axes = plot_calibration({"wide": ranks}, num_posterior_samples=1000)
     line = axes[0].lines[1]
     x, y = line.get_data()
     assert y[np.searchsorted(x, 0.4) - 1] == 0
@@ -433,6 +433,9 @@ def test_plot_calibration_says_what_it_needs():
         plot_calibration({"a": torch.ones(10, 2), "b": torch.ones(10, 3)})
     with pytest.raises(ValueError, match="num_posterior_samples=100"):
         plot_calibration({"a": torch.full((10, 1), 101)}, num_posterior_samples=100)
+    # Of any number of samples ranks may be small.
+    with pytest.raises(ValueError, match="need num_posterior_samples.*run_sbc was"):
+        plot_calibration({"a": torch.ones(10, 1)})
 
 
 def test_plot_calibration_takes_styles_of_posteriors():
