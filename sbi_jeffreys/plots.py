@@ -220,7 +220,12 @@ def plot_densities(
             "Use sample_with='direct' or 'refined'."
         )
     num = estimator.input_shape.numel()
-    if num < 2 or len({d % num for d in dims}) != 2:
+    if num < 2:
+        raise ValueError(
+            "The densities of a single parameter are no plane. Draw samples of it with "
+            'plot_corner({"flow": samples, "refined": refined_samples}).'
+        )
+    if len({d % num for d in dims}) != 2:
         raise ValueError(
             f"Two different parameters are needed, got dims={tuple(dims)} of {num}."
         )

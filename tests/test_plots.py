@@ -280,6 +280,12 @@ def test_plot_densities_says_what_it_needs(estimator, prior):
     posterior = RefinedPosterior(estimator, prior)
     with pytest.raises(ValueError, match="Two different parameters"):
         plot_densities(posterior, X_O, dims=(0, 3))
+    one = LinearGaussianFlow(torch.ones(1, 1), torch.zeros(1), torch.eye(1))
+    net = QuadraticEnergy(torch.ones(1, 1), torch.zeros(1), torch.eye(1))
+    line = MultivariateNormal(torch.zeros(1), torch.eye(1))
+    single = JeffreysEstimator(one, gaussian_proxy(net, line))
+    with pytest.raises(ValueError, match="single parameter .* plot_corner"):
+        plot_densities(RefinedPosterior(single, line), X_O)
     bounded = RefinedPosterior(estimator, BoxUniform(-9 * torch.ones(3), torch.ones(3)))
     with pytest.raises(ValueError, match="no density within the limits"):
         plot_densities(bounded, X_O, limits=[[2.0, 3.0]] * 3)
