@@ -9,6 +9,7 @@ from sbi.inference.posteriors.base_posterior import NeuralPosterior
 from sbi.inference.potentials.base_potential import BasePotential
 from sbi.neural_nets.estimators.shape_handling import (
     reshape_to_batch_event,
+    reshape_to_sample_batch_event,
 )
 from sbi.sbi_types import Shape, TorchTransform
 from sbi.utils.sbiutils import mcmc_transform
@@ -351,6 +352,51 @@ class RefinedPosterior(NeuralPosterior):
         if norm_posterior:
             log_prob = log_prob - self._log_normalisation(x, num_samples)
         return log_prob
+
+    def log_prob_batched(
+        self,
+        theta: Tensor,
+        x: Tensor,
+        norm_posterior: bool = True,
+        track_gradients: bool = False,
+        num_samples: int = 10_000,
+    ) -> Tensor:
+        r"""Return the log density of the refined posterior of every observation.
+
+        Args:
+            theta: Parameters of shape `(num, batch_dim, *input_shape)`, or
+                `(batch_dim, *input_shape)` for one at every observation.
+            x: Observations of shape `(batch_dim, *condition_shape)`.
+            norm_posterior: Whether to normalise, by importance sampling.
+            track_gradients: Whether to track gradients.
+            num_samples: Number of samples for the normalisation at every observation,
+                as in `log_prob`.
+
+        Returns:
+            Log density of shape `(num, batch_dim)`; minus infinity outside the prior's
+            support.
+
+        Raises:
+            ValueError: If parameters are for another number of observations.
+        """
+        estimator = self.posterior_estimator
+        x = reshape_to_batch_event(process_x(x), estimator.condition_shape)
+        x = x.to(self._device)
+        theta = ensure_theta_batched(torch.as_tensor(theta)).to(self._device)
+        shape = estimator.input_shape
+        has_samples = theta.ndim - len(shape) > 1
+        theta = reshape_to_sample_batch_event(theta, shape, has_samples)
+        if theta.shape[1] != len(x):
+            raise ValueError(
+                f"theta must hold parameters for each of {len(x)} observations, in "
+                f"shape (num, {len(x)}, num_parameters); got them for {theta.shape[1]}."
+            )
+        with torch.set_grad_enabled(track_gradients):
+            log_density = self.potential_fn._log_density(theta, x)  # type: ignore[attr-defined]
+            log_prob = torch.where(self._is_inside(theta), log_density, -torch.inf)
+            if norm_posterior:
+                log_prob = log_prob - self._normalise(x, num_samples).debiased
+            return log_prob
 
     def effective_sample_size(
         self, x: Optional[Tensor] = None, num_samples: int = 10_000

@@ -19,6 +19,7 @@ from helpers import (
 from sbi.analysis import pairplot
 from sbi.diagnostics import run_sbc
 from sbi.inference import EnsemblePosterior
+from sbi.inference.posteriors import DirectPosterior
 from sbi.utils import BoxUniform
 from torch import nn
 from torch.distributions import MultivariateNormal
@@ -308,6 +309,38 @@ def test_log_prob_of_a_product_of_gaussians(exponent):
     potential = posterior.log_prob(theta, x=X[1:2], norm_posterior=False)
     torch.testing.assert_close(posterior.potential(theta, x=X[1:2]), potential)
     assert (potential - log_prob).std() < 1e-4
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.4, 1.0])
+def test_log_prob_of_several_observations(exponent):
+    estimator = gaussian_estimator()
+    posterior = RefinedPosterior(estimator, WIDE, exponent)
+    theta = torch.randn(5, len(X), 2)
+    log_prob = posterior.log_prob_batched(theta, X, num_samples=50_000)
+    raw = posterior.log_prob_batched(theta, X, norm_posterior=False)
+    assert log_prob.shape == raw.shape == (5, len(X))
+    assert not log_prob.requires_grad
+    errors = posterior.effective_sample_size(X, 50_000).rsqrt()
+    for i, x in enumerate(X):
+        expected = refined(estimator, x, exponent).log_prob(theta[:, i])
+        assert (log_prob[:, i] - expected).abs().max() < 4 * errors[i] + 1e-4
+        one = posterior.log_prob(theta[:, i], x=x[None], norm_posterior=False)
+        torch.testing.assert_close(raw[:, i], one)
+    # Shapes are those of sbi's posterior.
+    direct = DirectPosterior(estimator, WIDE)
+    for given in (theta, theta[0]):
+        options = {"norm_posterior": False, "track_gradients": True}
+        ours = posterior.log_prob_batched(given, X, **options)
+        theirs = direct.log_prob_batched(given, X, **options)
+        assert ours.shape == theirs.shape
+        assert ours.requires_grad == theirs.requires_grad
+        if exponent == 0:
+            torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="each of 3 observations.* got them for 2"):
+        posterior.log_prob_batched(theta[:, :2], X)
+    bounded = RefinedPosterior(estimator, BoxUniform(-torch.ones(2), torch.ones(2)))
+    beyond = bounded.log_prob_batched(torch.full((3, 2), 1.5), X)
+    assert torch.isneginf(beyond).all()
 
 
 @pytest.mark.parametrize("exponent", [0.0, 0.6, 1.0])
