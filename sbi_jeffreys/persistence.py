@@ -427,6 +427,7 @@ def to_content(inference: "JeffreysNPE", simulations: bool) -> Dict[str, Any]:
         "written_by": __version__,
         "networks": copy_of_networks(estimator),
         "exponent": estimator.exponent,
+        "settings": _settings(inference),
         "kind_of_weights": type(inference._weights).__name__,
         "weights": inference._weights.state_dict(),
         "summary": inference._summary,
@@ -451,12 +452,24 @@ def to_content(inference: "JeffreysNPE", simulations: bool) -> Dict[str, Any]:
     return content
 
 
+def _settings(inference: "JeffreysNPE") -> Dict[str, Union[str, int]]:
+    """Return the settings that a training is to be gone on with."""
+    objective = inference.objective
+    # Not numbers and strings of numpy, which are not read without running code.
+    return {
+        "preset": str(inference.preset),
+        "num_flow_samples": int(objective.num_flow_samples),
+        "num_reference_samples": int(objective.num_reference_samples),
+        "num_reverse_samples": int(objective.num_reverse_samples),
+    }
+
+
 def from_content(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
     """Make an inference object what it was when its content was taken.
 
     Raises:
-        ValueError: If prior, simulations, networks or weights are not those of the
-            content. The object is then as it was.
+        ValueError: If prior, simulations, networks, weights, preset or numbers of
+            samples are not those of the content. The object is then as it was.
     """
     before = dict(vars(inference))
     try:
@@ -469,6 +482,8 @@ def from_content(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
 
 
 def _fill(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
+    if content["training"] is not None:  # networks alone do not depend on them
+        _check_settings(_settings(inference), content["settings"])
     stored = content["simulations"]
     built_with = content["built_with"]
     theta = built_with["theta"]
@@ -521,6 +536,17 @@ def _fill(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
         _restore_best(inference, state)
         # Its learning rate, as all its state, comes with the resumed training.
         inference.optimizer = Adam(list(estimator.parameters()))
+
+
+def _check_settings(own: Dict[str, Any], stored: Dict[str, Any]) -> None:
+    """Raise unless a training would go on here as it began."""
+    for name, value in stored.items():
+        if own[name] != value:
+            raise ValueError(
+                f"The training of the file has {name}={value!r}, but this JeffreysNPE "
+                f"has {own[name]!r}. Make it with the same preset and objective as "
+                "then."
+            )
 
 
 def _take_simulations(inference: "JeffreysNPE", stored: Dict[str, Any]) -> None:

@@ -442,7 +442,8 @@ class JeffreysNPE(NPE):
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is damaged, of another kind or of another format
-                version, or if prior, simulations, networks or weights are others than
+                version, or if prior, simulations, networks, weights or, with a
+                training to go on with, preset and numbers of samples are others than
                 those that it was saved with. The object is then as it was.
         """
         content = read(path)

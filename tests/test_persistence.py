@@ -38,6 +38,7 @@ from torch.distributions import Gamma, MultivariateNormal, Normal
 
 from sbi_jeffreys import (
     FixedWeights,
+    JeffreysObjective,
     RefinedPosterior,
     energy_nn,
     persistence,
@@ -762,9 +763,10 @@ def test_another_version(saved, tmp_path):
     # Of version 1 the stages were others, version 2 had no average of weights, and
     # version 3 no surrogates of the likelihood; version 4 had synthetic conditions, and
     # version 5 energies without a bound; version 6 saw all outputs; version 7 had flows
-    # without a scale, and version 8 normal scores of standard scores.
-    assert persistence.FORMAT_VERSION == 9
-    for version in (10, 8, 7, 6, 5, 4, 3, 2, 1, None):
+    # without a scale, and version 8 normal scores of standard scores; version 9 did not
+    # say the preset.
+    assert persistence.FORMAT_VERSION == 10
+    for version in (11, 9, 8, 7, 6, 5, 4, 3, 2, 1, None):
         torch.save({**content, "version": version, "written_by": "9.9.9"}, path)
         assert_refused(path, f"format version {version}.*sbi_jeffreys 9.9.9")
 
@@ -824,10 +826,28 @@ def test_files_hold_nothing_but_data(saved):
             "AdaptiveWeights, but this JeffreysNPE has FixedWeights",
         ),
         ({"weights": FixedWeights((1, 2, 3))}, "has FixedWeights.*same weights"),
+        (
+            {"preset": "fast"},
+            "preset='accurate', but this JeffreysNPE has 'fast'",
+        ),
+        (
+            {"objective": JeffreysObjective(8, 16)},
+            "num_flow_samples=16, but this JeffreysNPE has 8",
+        ),
+        (
+            {"objective": JeffreysObjective(num_reverse_samples=2)},
+            "num_reverse_samples=1, but this JeffreysNPE has 2",
+        ),
     ],
 )
 def test_an_object_made_otherwise(saved, options, match):
     assert_refused(saved[1], match, make(**options))
+
+
+def test_networks_alone_are_loaded_with_any_preset(saved, tmp_path):
+    saved[0].save(tmp_path / "small.pt", simulations=False)
+    loaded = make(preset="fast").load(tmp_path / "small.pt")
+    assert_equal(outcome(loaded), outcome(saved[0]))
 
 
 def test_other_simulations(saved):
