@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Dict, List, Optional, Tuple
 
+import numpy as np
 import torch
 from sbi.neural_nets.estimators.shape_handling import reshape_to_batch_event
 from sbi.utils.user_input_checks import process_x
@@ -47,6 +48,7 @@ from torch import Tensor
 from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.flow import rsample_and_log_prob
 from sbi_jeffreys.partition import from_log_weights, log_mixture
+from sbi_jeffreys.persistence import keeping_random_state
 from sbi_jeffreys.trainer import JeffreysNPE
 
 #: Disagreements below this are no cause for distrust, in nats: two Gaussians of one
@@ -276,7 +278,9 @@ def check_fit(
 
     Runs the tests of `sbi_jeffreys.diagnostics`. An observation that the simulator
     produced, of a calibrated flow, is objected to with a probability of at most
-    `false_alarm_rate`.
+    `false_alarm_rate`. Its samples have a seed of their own: the same networks, on one
+    machine, say the same of an observation again, and the caller's random numbers are
+    left as they are. Those of `compare_models` are the caller's.
 
     Example:
     --------
@@ -323,9 +327,13 @@ def check_fit(
             f"One observation is expected, got {len(x_o)}. Check them one by one, with "
             "the same comparison=compare_models(inference)."
         )
-    if comparison is None:
-        comparison = compare_models(inference, num_samples=num_samples)
-    at_x_o = _compare(estimator, x_o, num_samples)
+    with keeping_random_state(inference._device):
+        # Priors of scipy draw from numpy.
+        torch.manual_seed(0)
+        np.random.seed(0)
+        if comparison is None:
+            comparison = compare_models(inference, num_samples=num_samples)
+        at_x_o = _compare(estimator, x_o, num_samples)
     disagreement = (at_x_o["flow_to_proxy"] + at_x_o["proxy_to_flow"]).item()
     coverage_error, p_calibration = comparison.calibration_test()
     p_values = {

@@ -7,6 +7,7 @@ fits, on simulators that are wrong, and far from the simulations.
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from helpers import LinearGaussianFlow, QuadraticEnergy, gaussian_proxy
@@ -267,6 +268,22 @@ def test_verdict_on_closed_forms():
     assert "poor witness" not in check.text
     assert "p-values: novelty" in check.text
     assert "90 % credible regions hold" in check.text
+
+
+def test_a_check_is_the_same_again_and_moves_no_random_numbers():
+    inference = train_gaussians(num=200)
+    x_o = torch.tensor([0.5, -0.3])
+    comparison = compare_models(inference)
+    for given in (None, comparison):
+        torch.manual_seed(7)
+        np.random.seed(7)
+        first = check_fit(inference, x_o, given)
+        drawn = torch.rand(3), np.random.rand(3)
+        assert check_fit(inference, x_o, given) == first
+        torch.manual_seed(7)
+        np.random.seed(7)
+        assert torch.equal(drawn[0], torch.rand(3))
+        assert (drawn[1] == np.random.rand(3)).all()
 
 
 def test_a_large_difference_is_no_agreement_where_it_is_the_same_everywhere():
