@@ -109,6 +109,7 @@ def plot_training(
     if np.isfinite(summary["trust"]).any():
         line(axes[2], "trust", color="black", ls=":", label=r"trust $\tau$")
     axes[2].set_title("Dual variables")
+    axes[2].set_ylabel("weight")
     axes[2].set_ylim(bottom=0)
 
     line(axes[3], "log_partition", color=PROXY, label=r"$\log Z$")
@@ -263,7 +264,7 @@ def plot_densities(
         for d in (first, second)
     ]
     top = max(density.max().item() for density in densities)
-    names = [rf"$\theta_{{{d + 1}}}$" for d in range(num)] if labels is None else labels
+    names = _names(num) if labels is None else labels
     for ax, density, title, cmap in zip(
         axes,
         densities,
@@ -389,7 +390,7 @@ def plot_corner(
         parts,
         points=points,
         limits=limits,
-        labels=labels,
+        labels=_names(num) if labels is None else labels,
         figsize=(size, size) if figsize is None else figsize,
         fig_kwargs=fig_kwargs,
         **options,
@@ -521,7 +522,7 @@ def plot_calibration(
         for i, name in enumerate(names)
     }
     for i in range(num_parameters):
-        name = f"$\\theta_{{{i + 1}}}$" if labels is None else labels[i]
+        name = (_names(num_parameters) if labels is None else labels)[i]
         _diagonal(axes[i], num_runs, confidence)
         axes[i].set_xlabel(f"rank of {name}, as a share")
         axes[i].set_ylabel("share of simulations")
@@ -637,6 +638,11 @@ def plot_c2st(
     if ax is None:
         axes.legend(frameon=False)
     return axes.figure, axes  # type: ignore[return-value]
+
+
+def _names(num: int) -> List[str]:
+    """Return the names of parameters that have none."""
+    return [rf"$\theta_{{{i + 1}}}$" for i in range(num)]
 
 
 def _check_mapping(name: str, value: object, example: str) -> None:

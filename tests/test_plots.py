@@ -85,6 +85,11 @@ def summary_of(num_epochs):
     return {name: list(range(num_epochs)) for name in names}
 
 
+def test_every_axis_of_a_training_has_a_label():
+    fig, axes = plot_training(summary_of(5))
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in axes)
+
+
 def test_keywords_of_the_figure_are_added_to_those_of_a_training():
     fig, _ = plot_training(summary_of(5), fig_kwargs={"layout": "tight"})
     assert type(fig.get_layout_engine()) is type(layout_engine("tight"))
@@ -324,6 +329,14 @@ def test_plot_corner_draws_every_posterior():
         "narrow",
     ]
     assert tuple(fig.get_size_inches()) == (5, 5)
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_plot_corner_names_parameters_as_other_plots_do(num):
+    _, axes = plot_corner({"normal": torch.randn(200, num)})
+    diagonal = axes.reshape(num, num).diagonal()
+    expected = [rf"$\theta_{{{i + 1}}}$" for i in range(num)]
+    assert [ax.get_xlabel() for ax in diagonal] == expected
 
 
 def test_plot_corner_contours_hold_their_masses():
