@@ -214,7 +214,8 @@ class JeffreysNPE(NPE):
                 samples with gradients, which mixtures ("mdn", "made") have not. With
                 `"auto"` several are trained, and the best on validation simulations
                 is kept, see `sbi_jeffreys.candidates`.
-            device: As in `sbi.inference.NPE`.
+            device: As in `sbi.inference.NPE`, but for Apple's GPUs ("mps"), which have
+                no double precision.
             logging_level: As in `sbi.inference.NPE`.
             summary_writer: As in `sbi.inference.NPE`.
             tracker: As in `sbi.inference.NPE`.
@@ -231,11 +232,13 @@ class JeffreysNPE(NPE):
                 `density_estimator` and `objective` go before it where given.
 
         Raises:
-            ValueError: If `weights` or `preset` is an unknown name.
+            ValueError: If `weights` or `preset` is an unknown name, or `device` has no
+                double precision.
             TypeError: If `weights` is neither a name nor `Weights`.
         """
         if preset not in get_args(Preset):
             raise ValueError(f'preset must be "accurate" or "fast", got {preset!r}.')
+        _check_device(device)  # before sbi, which sets torch up for it
         self.preset = preset
         if density_estimator == "auto" and preset == "fast":
             density_estimator = "maf"
@@ -1576,6 +1579,19 @@ class JeffreysNPE(NPE):
         state.pop("_validation_loader", None)
         state.pop("_losses", None)
         return state
+
+
+def _check_device(device: Union[str, torch.device]) -> None:
+    """Raise if a device has no double precision."""
+    is_mps = str(device).startswith("mps")
+    if device == "gpu" and not torch.cuda.is_available():
+        is_mps = torch.backends.mps.is_available()
+    if is_mps:
+        raise ValueError(
+            f"device={str(device)!r} is Apple's GPU, which has no double precision, "
+            "and JeffreysNPE needs it. Use device='cpu', which is as fast for networks "
+            "as small as these."
+        )
 
 
 def _as_weights(weights: Union[str, Weights]) -> Weights:

@@ -35,6 +35,20 @@ GPU = pytest.param(
 )
 
 
+@pytest.mark.parametrize("device", ["mps", "mps:0", torch.device("mps"), "gpu"])
+def test_a_device_without_double_precision_is_refused(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ValueError, match="no double precision.*device='cpu'"):
+            JeffreysNPE(device=device, tracker=NoTracker())
+        assert torch.get_default_dtype() == torch.float64  # as sbi would not leave it
+    finally:
+        torch.set_default_dtype(before)
+
+
 def make_prior(kind, device):
     if kind == "box":
         low = -2 * torch.ones(2, device=device)
