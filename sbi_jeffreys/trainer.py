@@ -234,7 +234,8 @@ class JeffreysNPE(NPE):
         Raises:
             ValueError: If `weights` or `preset` is an unknown name, or `device` has no
                 double precision.
-            TypeError: If `weights` is neither a name nor `Weights`.
+            TypeError: If `weights` is neither a name nor `Weights`, `objective` no
+                `JeffreysObjective`, or `energy_estimator` no builder.
         """
         if preset not in get_args(Preset):
             raise ValueError(f'preset must be "accurate" or "fast", got {preset!r}.')
@@ -267,6 +268,11 @@ class JeffreysNPE(NPE):
         self._build_neural_net = self._build_estimator
         self._initial_weights = _as_weights(weights)
         self.objective = objective
+        if self._build_proxy is energy_nn:
+            raise TypeError(
+                "energy_estimator must be what energy_nn() returns, not energy_nn "
+                "itself."
+            )
         if not callable(self._build_proxy):
             raise TypeError(
                 "energy_estimator must be a builder such as energy_nn(...) returns, "
@@ -634,8 +640,7 @@ class JeffreysNPE(NPE):
         if not isinstance(proxy, ConditionalEnergy):
             raise TypeError(
                 "The builder given as `energy_estimator` must return a "
-                f"ConditionalEnergy, got {type(proxy).__name__}. Give what "
-                "energy_nn() returns, not energy_nn itself."
+                f"ConditionalEnergy, got {type(proxy).__name__}."
             )
         # New networks owe nothing to the weights of those before.
         self._weights = deepcopy(self._initial_weights)

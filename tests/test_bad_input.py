@@ -319,6 +319,8 @@ def test_prior_of_independent_parameters_unwrapped():
         ({"weights": (1.0, 1.0, 1.0)}, TypeError, "instance of Weights, got tuple"),
         ({"weights": AdaptiveWeights}, TypeError, "an instance of Weights"),
         ({"energy_estimator": "mlp"}, TypeError, r"energy_nn\(.*got str"),
+        # The brackets forgotten.
+        ({"energy_estimator": energy_nn}, TypeError, "not energy_nn itself"),
         ({"objective": "jeffreys"}, TypeError, "JeffreysObjective, got str"),
         ({"density_estimator": 3}, AssertionError, "string or a function"),
     ],
@@ -344,8 +346,6 @@ def test_arguments_of_the_trainer(kwargs, error, message):
             TypeError,
             "ConditionalEnergy, got Linear",
         ),
-        # The brackets forgotten.
-        ({"energy_estimator": energy_nn}, TypeError, "ConditionalEnergy, got function"),
     ],
 )
 def test_builders(kwargs, error, message):
