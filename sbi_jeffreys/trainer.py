@@ -114,6 +114,10 @@ MIN_LIKELIHOOD_EPOCHS = 50
 # many simulations have many steps, and are told apart by many simulations.
 PATIENCE_STEPS = 400
 MIN_PATIENCE = 5
+# Steps of an epoch of a thousand simulations. Of fewer, epochs have a step or two and
+# are told apart by a few tens of simulations: the patience of stages that sbi has not
+# is then that many times longer.
+STEPS_OF_EPOCH = 4
 Preset = Literal["accurate", "fast"]
 NUM_FAST_SAMPLES = 8
 # Density estimators of sbi's without differentiable samples, refused when built.
@@ -1029,7 +1033,10 @@ class JeffreysNPE(NPE):
         if is_sbis:
             return self._stop_after_epochs
         enough = math.ceil(PATIENCE_STEPS / self._num_batches)
-        return min(self._stop_after_epochs, max(MIN_PATIENCE, enough))
+        longest = self._stop_after_epochs
+        if self._stage is not Stage.FLOW:
+            longest *= max(1, STEPS_OF_EPOCH // self._num_batches)
+        return min(longest, max(MIN_PATIENCE, enough))
 
     @property
     def _max_likelihood_epochs(self) -> int:

@@ -248,7 +248,15 @@ def test_with_many_steps_an_epoch_patience_is_shorter(likelihood, monkeypatch):
 
 @pytest.mark.parametrize(
     ("num_batches", "patience", "epochs"),
-    [(4, 20, 200), (25, 16, 200), (45, 9, 112), (450, 5, 50)],
+    [
+        (1, 80, 200),  # a few hundred simulations: so many steps as with a thousand
+        (2, 40, 200),
+        (3, 20, 200),
+        (4, 20, 200),
+        (25, 16, 200),
+        (45, 9, 112),
+        (450, 5, 50),
+    ],
 )
 def test_patience_in_steps(num_batches, patience, epochs):
     inference = make()
@@ -259,7 +267,7 @@ def test_patience_in_steps(num_batches, patience, epochs):
         inference._stage = stage
         assert inference._patience == (20 if stage is Stage.FLOW else patience)
     inference._stop_after_epochs = 3
-    assert inference._patience == 3
+    assert inference._patience == {1: 12, 2: 6}.get(num_batches, 3)
 
 
 def test_surrogates_of_the_likelihood_stop_by_themselves():
@@ -550,7 +558,7 @@ def test_the_flow_is_chosen_by_both_its_losses_when_it_follows(shared, monkeypat
 
         @property
         def flow_share(self):
-            return 3.0
+            return 10.0
 
     inference = make(shared, weights=Devoted())
     # Which flow is kept is asked here, not how wide it then becomes.
@@ -565,12 +573,12 @@ def test_the_flow_is_chosen_by_both_its_losses_when_it_follows(shared, monkeypat
 
     monkeypatch.setattr(Losses, "of_judged_flow", recording)
     first = 20 if shared else 30  # of the last stage
-    estimator = train(inference, first + 10, learning_rate=5e-2, stop_after_epochs=100)
+    estimator = train(inference, first + 10, learning_rate=7e-2, stop_after_epochs=100)
     losses = inference.summary["validation_loss"]
     assert inference.summary["stage"] == stages_of(first + 10, shared)
     assert len(distances) == 10  # fifteen simulations for validation: one batch
     scores = [
-        loss + 3 * distance
+        loss + 10 * distance
         for loss, distance in zip(losses[first:], distances, strict=True)
     ]
     best = first + scores.index(min(scores))
