@@ -27,10 +27,10 @@ class Stage(Enum):
     Each ends when its model has not improved on validation simulations for
     `stop_after_epochs`, and the next begins with the best of it. Where an epoch has
     more than twenty steps, 400 steps or five epochs without improvement are enough,
-    except for a flow that the user has named. Where it has one step or two, stages that
-    follow the flow's wait for four or two times as many epochs. A proxy that learns beside a poor flow
-    gets its partition function from samples that miss it, and a flow that follows a
-    poor proxy is dragged away.
+    except for a flow that the user has named. Where it has one step, or two, the stages
+    after the flow's wait for four times as many epochs, or twice. A proxy that learns
+    beside a poor flow gets its partition function from samples that miss it, and a flow
+    that follows a poor proxy is dragged away.
     """
 
     FLOW = "flow"
