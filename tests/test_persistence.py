@@ -423,7 +423,7 @@ def test_a_training_that_had_converged_is_not_changed(tmp_path):
     inference = make()
     train(inference, 100, simulate(), stop_after_epochs=2, learning_rate=5e-2)
     before = outcome(inference)
-    assert len(before["summary"]["trust"]) < 60
+    assert len(before["summary"]["trust"]) < 100
     assert before["summary"]["stage"][-1] == "distillation"
     inference.save(tmp_path / "fit.pt")
     loaded = make().load(tmp_path / "fit.pt")
