@@ -653,6 +653,9 @@ def test_trials_of_unequal_number():
     # sbi refuses observations that are not whole.
     far = check_fit(inference, whole_trials(torch.full((1, 2), 30.0)), comparison)
     assert {"novelty", "embedding"} <= set(far.objections)
+    # Held-out simulations that are whole as well are the observations' equals.
+    held_out = BOX.sample((160,))
+    comparison = compare_models(inference, held_out=(held_out, whole_trials(held_out)))
     observations = whole_trials(BOX.sample((40,)))
     checks = [check_fit(inference, x_o, comparison) for x_o in observations]
     for name, num in (("novelty", 400), ("embedding", 160)):
