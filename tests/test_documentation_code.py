@@ -19,7 +19,7 @@ import re
 import runpy
 import shlex
 import sys
-from functools import partialmethod
+from functools import wraps
 from pathlib import Path
 
 import matplotlib
@@ -226,13 +226,22 @@ def test_simulations_are_written(tmp_path):
         assert file["theta"].shape == file["x"].shape == (50, 2)
 
 
+def with_three_epochs(train):
+    """Return a method `train` with three epochs, and its signature."""
+
+    @wraps(train)
+    def short(self, *args, **kwargs):
+        return train(self, *args, **{"max_num_epochs": 3, **kwargs})
+
+    return short
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_run_of_the_page_makes_rows_and_their_report(tmp_path, monkeypatch):
     need_published_data()
     for trainer in (NPE, JeffreysNPE):
-        short = partialmethod(trainer.train, max_num_epochs=3)
-        monkeypatch.setattr(trainer, "train", short)
+        monkeypatch.setattr(trainer, "train", with_three_epochs(trainer.train))
     folder = tmp_path / "results"
     # Of an option that is given twice the last counts.
     fewer = ["--budget", "60", "--observations", "1-2", "--num-samples", "100"]
