@@ -161,9 +161,9 @@ def test_the_figures_of_more_simulations_are_those_of_their_report(site):
     assert averages.notna().any() and averages.isna().any()
     cells = ["–" if pd.isna(score) else f"{score:.3f}" for score in averages]
     assert [f"mean of all {len(means)}", *cells] in shown
-    assert list(complete.index) == ["slcp", "two_moons"]
+    assert list(complete.index) == ["gaussian_mixture", "sir", "slcp", "two_moons"]
     cells = [f"{score:.3f}" for score in complete.mean()]
-    assert ["mean of slcp and two_moons", *cells] in shown
+    assert ["mean of gaussian_mixture, sir, slcp and two_moons", *cells] in shown
     ours = rows[rows["method"] == "jeffreys_refined"]
     minutes = ours.groupby("task")["training_seconds"].first() / 60
     text = " ".join(
