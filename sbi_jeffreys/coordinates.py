@@ -207,9 +207,15 @@ class ResidualCoordinates(nn.Module):
         )
         inverse = 1 / (singular_values.square()[:, None] + penalties)
         mean = torch.full_like(penalties, 1 / len(inputs))[None]  # of the intercept
-        self.register_buffer("center", center.to(inputs))
-        self.register_buffer("directions", directions.T.to(inputs).contiguous())
-        self.register_buffer("leverages", torch.cat((mean, inverse)).to(inputs))
+        # Only a training with these simulations needs them, from which they can be
+        # made again. Of many outputs they are larger than all else, and the state of
+        # the networks is copied in every epoch.
+        for name, value in (
+            ("center", center),
+            ("directions", directions.T.contiguous()),
+            ("leverages", torch.cat((mean, inverse))),
+        ):
+            self.register_buffer(name, value.to(inputs), persistent=False)
 
     def _unbounded(self, theta: Tensor) -> Tensor:
         lower = self.lower
