@@ -97,6 +97,17 @@ class InSampleJeffreysNPE(JeffreysNPE):
         return False
 
 
+def _maf_alone(trainer: type[JeffreysNPE]) -> Variant:
+    """Return the stage of a flow that is no choice of several, without a proxy."""
+    return Variant(
+        trainer,
+        lambda: {
+            "density_estimator": "maf",
+            "weights": FixedWeights((1.0, 0.0, 0.0)),
+        },
+    )
+
+
 VARIANTS: dict[str, Variant] = {
     "jeffreys": Variant(JeffreysNPE),
     "without the flow's scale": Variant(UnscaledJeffreysNPE),
@@ -133,20 +144,8 @@ VARIANTS: dict[str, Variant] = {
     "the flow's stage alone": Variant(
         JeffreysNPE, lambda: {"weights": FixedWeights((1.0, 0.0, 0.0))}
     ),
-    "the flow's stage alone, maf": Variant(
-        JeffreysNPE,
-        lambda: {
-            "density_estimator": "maf",
-            "weights": FixedWeights((1.0, 0.0, 0.0)),
-        },
-    ),
-    "the flow's stage alone, maf, residuals in sample": Variant(
-        InSampleJeffreysNPE,
-        lambda: {
-            "density_estimator": "maf",
-            "weights": FixedWeights((1.0, 0.0, 0.0)),
-        },
-    ),
+    "the flow's stage alone, maf": _maf_alone(JeffreysNPE),
+    "the flow's stage alone, maf, residuals in sample": _maf_alone(InSampleJeffreysNPE),
     "npe, maf": Variant(NPE, lambda: {"density_estimator": "maf"}),
     "npe, nsf": Variant(NPE, lambda: {"density_estimator": "nsf"}),
     "npe, nsf, our learning rate": Variant(
