@@ -12,7 +12,7 @@ from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.residual_flow import ResidualFlow
 from sbi_jeffreys.stages import Stage
 from tasks.benchmarks import training
-from tasks.benchmarks.training import PARTS, Stopwatch, main
+from tasks.benchmarks.training import EPOCHS, PARTS, Stopwatch, main
 
 pytestmark = pytest.mark.filterwarnings("ignore:Maximum number of epochs")
 
@@ -165,3 +165,9 @@ def test_peak(monkeypatch, capsys):
     main()
     before, after = map(float, capsys.readouterr().out.split())
     assert 50 < before <= after
+
+
+def test_epochs_are_enough_for_every_stage():
+    """The first epoch is not timed, and stages share what there are."""
+    for num_epochs in EPOCHS.values():
+        assert num_epochs >= 2 * len(Stage)

@@ -11,7 +11,7 @@ Each figure is a ratio of two measurements in one run, on one core, with the sam
 simulations, the same flow, the same batches and the same number of gradient steps.
 Those of `flows` alternate; the others are made one after the other, so that other work
 of the machine may slow one of them alone. `epochs` divides seconds per epoch: of each
-stage of the training, and of all three in equal parts, sets of samples included.
+stage of the training, and of all stages in equal parts, sets of samples included.
 `converged` trains both with all defaults until they stop. `sampling` times 10,000
 samples, their densities and the refined posterior. `memory` compares peaks of processes
 that train three epochs on 100,000 simulations. `flows` divides times of sbi's flows as
@@ -53,9 +53,9 @@ from tasks import get_task
 from tasks.task import Task
 
 TASKS = ("two_moons", "slcp", "bernoulli_glm")
-# Epochs of a measurement by the number of simulations, a multiple of three stages, and
+# Epochs of a measurement by the number of simulations, some for each of four stages, and
 # how often it is made: long ones are steady by themselves.
-EPOCHS = {1_000: 90, 10_000: 30, 100_000: 6, 1_000_000: 6}
+EPOCHS = {1_000: 90, 10_000: 30, 100_000: 8, 1_000_000: 8}
 REPETITIONS = {1_000: 3, 10_000: 3, 100_000: 1, 1_000_000: 1}
 NUM_SAMPLES = 10_000
 
