@@ -15,6 +15,8 @@ UNBOUNDED = REPORTS / "unbounded_1000/results.csv"
 UNSCREENED = REPORTS / "unscreened_1000/results.csv"
 # The default before flows had a scale.
 UNSCALED = REPORTS / "unscaled_1000/results.csv"
+# The default before residuals were those of a regression without the simulation itself.
+IN_SAMPLE = REPORTS / "in_sample_1000/results.csv"
 NETWORK = REPORTS / "network_1000/results.csv"
 PRESETS = REPORTS / "presets_1000/rows.csv"
 CALIBRATION = REPORTS / "calibration_1000"
@@ -271,8 +273,14 @@ def scale() -> str:
         for key, value in scores(read(UNSCALED)).items()
         if key[0] not in OF_TEN_DIMENSIONS
     }
-    both = _now_and_before(scores(read(BENCHMARK)), before)
+    both = _now_and_before(scores(read(IN_SAMPLE)), before)
     return _beside(both, NOW_AND_BEFORE, "without the scale")
+
+
+def held_out() -> str:
+    """Return C2ST with residuals of a regression without the simulation, and of all."""
+    both = _now_and_before(scores(read(BENCHMARK)), scores(read(IN_SAMPLE)))
+    return _beside(both, NOW_AND_BEFORE, "in sample")
 
 
 def _beside(values: Scores, pairs: Pairs, of_the_other: str) -> str:
@@ -455,6 +463,7 @@ def substitutions() -> dict[str, str]:
         "bound_table": bound(),
         "screening_table": screening(),
         "scale_table": scale(),
+        "held_out_table": held_out(),
         "surrogate_loss_table": surrogate_losses(),
         "calibration_loss_table": calibration_losses(),
         "calibration_table": calibration(),
