@@ -53,8 +53,8 @@ from tasks import get_task
 from tasks.task import Task
 
 TASKS = ("two_moons", "slcp", "bernoulli_glm")
-# Epochs of a measurement by the number of simulations, some for each of four stages, and
-# how often it is made: long ones are steady by themselves.
+# Epochs of a measurement by the number of simulations, two or more for each of the
+# stages, and how often it is made: long ones are steady by themselves.
 EPOCHS = {1_000: 90, 10_000: 30, 100_000: 8, 1_000_000: 8}
 REPETITIONS = {1_000: 3, 10_000: 3, 100_000: 1, 1_000_000: 1}
 NUM_SAMPLES = 10_000
