@@ -241,7 +241,9 @@ def compare_models(
             validation simulations if not given: with these it was chosen when to stop,
             which flow to keep, how wide it is and what the proxy counts, so that
             losses and coverage on them are better than on others.
-        num_samples: Number of samples of either kind for every simulation.
+        num_samples: Number of samples of either kind for every simulation. Levels lie
+            on a grid of as many points: a few dozen are enough for the divergences, but
+            too few for the p-value of the calibration.
 
     Returns:
         The comparison; `print` it for a report.
@@ -250,16 +252,18 @@ def compare_models(
         TypeError: If `inference` is no `JeffreysNPE`, or `held_out` no two tensors.
         ValueError: If `inference` has not been trained, or not on the simulations it
             holds, or if `held_out` are not as many parameters as outputs, or of other
-            shapes than the networks were trained with. Without `held_out` also if it
-            was loaded from a file without simulations.
+            shapes than the networks were trained with, or are not finite, but for
+            outputs where such were trained on. If `num_samples` is below 1. Without
+            `held_out` also if it was loaded from a file without simulations.
     """
     estimator = _trained(inference)
+    _check_num_samples(num_samples)
     if held_out is None:
         theta, x, from_prior = _simulations(inference)
         index = inference.val_indices
         theta, x, from_prior = theta[index], x[index], from_prior[index]
     else:
-        theta, x = _checked_pair(held_out, estimator)
+        theta, x = _checked_pair(held_out, inference, estimator)
         from_prior = torch.ones(len(theta), dtype=torch.bool)
     if len(x) == 0:
         raise ValueError("There are no held-out simulations to compare the models on.")
@@ -308,13 +312,15 @@ def check_fit(
         TypeError: If `inference` is no `JeffreysNPE`, or `comparison` not what
             `compare_models` returns.
         ValueError: If `x_o` is not one observation, if `false_alarm_rate` is not
-            between 0 and 1, or if `inference` has not been trained, not on the
-            simulations it holds, or was loaded from a file without simulations.
+            between 0 and 1, if `num_samples` is below 1, or if `inference` has not
+            been trained, not on the simulations it holds, or was loaded from a file
+            without simulations.
     """
     if not 0 < false_alarm_rate < 1:
         raise ValueError(
             f"false_alarm_rate must be between 0 and 1, got {false_alarm_rate}."
         )
+    _check_num_samples(num_samples)
     estimator = _trained(inference)
     if not isinstance(comparison, (ModelComparison, type(None))):
         raise TypeError(
@@ -400,8 +406,15 @@ def _simulations(inference: JeffreysNPE) -> Tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _check_num_samples(num_samples: int) -> None:
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+
+
 def _checked_pair(
-    held_out: Tuple[Tensor, Tensor], estimator: JeffreysEstimator
+    held_out: Tuple[Tensor, Tensor],
+    inference: JeffreysNPE,
+    estimator: JeffreysEstimator,
 ) -> Tuple[Tensor, Tensor]:
     """Return parameters and outputs, if they are such as the networks take."""
     parts = tuple(held_out) if isinstance(held_out, (tuple, list)) else (held_out,)
@@ -421,7 +434,18 @@ def _checked_pair(
             "held_out must hold as many parameters as outputs, got "
             f"{len(theta)} and {len(x)}."
         )
-    return theta, x
+    # Networks may take a missing output for an average one, without a word.
+    trained_on = inference._x_roundwise
+    takes_missing = not all(part.isfinite().all() for part in trained_on)
+    for name, part in (("theta", theta), ("x", x)):
+        bad = int((~part.isfinite().flatten(1).all(1)).sum())
+        if bad and not (name == "x" and (takes_missing or not trained_on)):
+            raise ValueError(
+                f"{name} of held_out has NaN or infinity in {bad} of {len(part)} rows, "
+                "which the simulations of the training had not. Leave those "
+                "simulations out of both, theta and x."
+            )
+    return theta.to(torch.float32), x.to(torch.float32)
 
 
 @torch.no_grad()

@@ -247,6 +247,34 @@ def test_a_file_without_simulations_needs_others(tmp_path):
             check_fit(loaded, torch.zeros(2), comparison)
 
 
+def test_held_out_simulations_that_failed_are_refused():
+    # The networks of JeffreysNPE take a missing output for an average one.
+    torch.manual_seed(0)
+    inference = JeffreysNPE(
+        PRIOR,
+        posterior_nn("zuko_maf", hidden_features=5, num_transforms=1),
+        tracker=NoTracker(),
+        show_progress_bars=False,
+        energy_estimator=energy_nn(5, 1),
+    )
+    inference.append_simulations(*simulate(100)).train(max_num_epochs=3)
+    theta, x = simulate(20)
+    x[3, 1], x[5, 0] = math.nan, math.inf
+    with pytest.raises(ValueError, match="x of held_out has NaN .* in 2 of 20 rows"):
+        compare_models(inference, (theta, x))
+
+
+def test_held_out_simulations_of_any_precision():
+    inference = train_gaussians()
+    theta, x = (part.double() for part in simulate(50))
+    torch.manual_seed(0)
+    double = compare_models(inference, (theta, x.round().long()))
+    torch.manual_seed(0)
+    single = compare_models(inference, (theta.float(), x.round().float()))
+    assert torch.equal(double.flow_loss, single.flow_loss)
+    assert torch.equal(double.disagreement, single.disagreement)
+
+
 # --------------------------------------------------------------------------- verdicts
 
 
@@ -361,6 +389,18 @@ def test_too_few_held_out_simulations_are_said():
         (
             lambda i: compare_models(i, (torch.zeros(0, 2), torch.zeros(0, 2))),
             "no held-out simulations",
+        ),
+        (
+            lambda i: compare_models(i, simulate(3), num_samples=0),
+            "num_samples must be at least 1, got 0",
+        ),
+        (
+            lambda i: check_fit(i, torch.zeros(2), num_samples=-5),
+            "num_samples must be at least 1, got -5",
+        ),
+        (
+            lambda i: compare_models(i, (torch.zeros(3, 2) / 0, torch.zeros(3, 2))),
+            "theta of held_out has NaN or infinity in 3 of 3 rows",
         ),
         (
             lambda i: check_fit(
