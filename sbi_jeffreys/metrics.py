@@ -267,7 +267,7 @@ def mmd(x: Tensor, y: Tensor) -> float:
         Test".
     """
     _check_samples(x, y)
-    x, y = x.detach().float(), y.detach().float()
+    x, y, _ = _in_units_of_x(x, y)
     within_x = torch.pdist(x)
     scale = within_x.median()
     if scale <= 0:
@@ -330,7 +330,7 @@ def sliced_wasserstein(
     _check_samples(x, y)
     if num_projections < 1:
         raise ValueError(f"num_projections must be positive, got {num_projections}.")
-    x, y = x.detach().float(), y.detach().float()
+    x, y, unit = _in_units_of_x(x, y)
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(x.shape[1], num_projections, generator=generator)
     direction = (direction / direction.norm(dim=0)).to(x)
@@ -343,7 +343,7 @@ def sliced_wasserstein(
     quantile_x = (x @ direction).sort(dim=0).values[(levels - 1) // m]
     quantile_y = (y @ direction).sort(dim=0).values[(levels - 1) // n]
     squared = width.to(x) @ (quantile_x - quantile_y).square()
-    return squared.mean().sqrt().item()
+    return unit * squared.mean().sqrt().item()
 
 
 def log_prob_true_parameters(posterior: Any, theta: Tensor, x: Tensor) -> float:
@@ -413,6 +413,22 @@ def _check_samples(x: Tensor, y: Tensor, name: str = "") -> None:
             f"x and y{name} must have the same number of columns, got "
             f"{x.shape[1]} and {y.shape[1]}."
         )
+
+
+def _in_units_of_x(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return both in single precision, less the mean of x, in its largest spread.
+
+    In units such as kilograms of a star, squares are beyond single precision, and far
+    from zero it has no digits left for what samples differ by. Neither matters to
+    distances.
+
+    Returns:
+        The samples and the unit that they are in.
+    """
+    x, y = x.detach().double(), y.detach().double()
+    mean, unit = x.mean(0), x.std(0).max().item()
+    unit = unit if unit > 0 else 1.0
+    return ((x - mean) / unit).float(), ((y - mean) / unit).float(), unit
 
 
 def _standardize(x: Tensor, y: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -314,6 +314,22 @@ def test_precision_and_gradient_of_the_input_do_not_matter(function):
     assert function(x.double(), y.requires_grad_()) == function(x, y.detach())
 
 
+@pytest.mark.parametrize(
+    ("unit", "offset"), [(1e30, 0.0), (1e-30, 0.0), (1.0, 1e9), (1.0, -1e9)]
+)
+def test_distances_in_any_units(unit, offset):
+    x, y = normal(200, 2, 0).double(), normal(150, 2, 1, 1.0).double()
+    scaled = unit * x + offset, unit * y + offset
+    if offset == 0:  # of which single precision leaves no digits
+        scaled = scaled[0].float(), scaled[1].float()
+    # The kernel has the width of x; the distance is in the units of the parameters.
+    width = torch.pdist(x).median().item()
+    expected = unbiased_mmd_squared(x, y, scale=width).item()
+    assert mmd(*scaled) == pytest.approx(expected, abs=1e-6)
+    expected = unit * sliced_wasserstein(x, y)
+    assert sliced_wasserstein(*scaled) == pytest.approx(expected, rel=1e-5)
+
+
 def test_bad_folds():
     x, y = normal(4, 2, 0), normal(5, 2, 1)
     with pytest.raises(ValueError, match="5 folds need at least 10 samples, got 4 \\+"):
