@@ -405,6 +405,32 @@ def test_a_folder_of_images_is_read(folder, tmp_path):
         load_folder(tmp_path / "none", 8)
 
 
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([10], "holds 10 images .* at least 11 are needed"),
+        ([11], None),
+        ([12, 1], "13 images in .* are of 2 classes.* needs two images or more"),
+        ([2] * 6, "12 images in .* are of 6 classes"),
+        ([3] * 4, None),
+    ],
+)
+def test_what_is_read_can_be_split_and_compared(tmp_path, classes, message):
+    rng = np.random.default_rng(0)
+    for label, num in enumerate(classes):
+        (tmp_path / "faces" / str(label)).mkdir(parents=True)
+        for index in range(num):
+            pixels = rng.integers(0, 255, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"faces/{label}/{index}.png")
+    study = ImageStudy(tmp_path / "faces", size=8, latent=2)
+    run = study.runs([1])[0]
+    if message is None:
+        assert 0 <= execute(study, run, tmp_path / "results")["recall"] <= 1
+    else:
+        with pytest.raises(InputError, match=message):
+            execute(study, run, tmp_path / "results")
+
+
 def test_images_of_any_folder_in_any_latent_size(folder, tmp_path):
     study = ImageStudy(folder, size=8, latent=100, epochs=3)
     runs = {run.method: run for run in study.runs([1])}

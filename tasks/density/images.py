@@ -8,6 +8,7 @@ the training images themselves.
 """
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -91,14 +92,17 @@ def load_folder(folder: Path, size: int) -> tuple[np.ndarray, np.ndarray | None]
         Images in [0, 1] of shape `(num, size, size)`, and their classes if any.
 
     Raises:
-        InputError: If there are fewer than ten images.
+        InputError: If there are too few images, of all or of a class.
     """
     folder = Path(folder)
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if len(paths) < 10:
+    # A test image's radius is the distance to a neighbour among the others.
+    num_test = math.ceil(TEST_FRACTION * len(paths))
+    if num_test <= NEIGHBOURS:
         raise InputError(
-            f"{folder} holds {len(paths)} images ({', '.join(SUFFIXES)}); at least ten "
-            "are needed, and some hundred for a fit worth looking at."
+            f"{folder} holds {len(paths)} images ({', '.join(SUFFIXES)}); at least "
+            f"{int(NEIGHBOURS / TEST_FRACTION) + 1} are needed, and some hundred for a "
+            "fit worth looking at."
         )
     pictures = []
     for path in paths:
@@ -109,6 +113,12 @@ def load_folder(folder: Path, size: int) -> tuple[np.ndarray, np.ndarray | None]
     classes, labels = np.unique(names, return_inverse=True)
     in_subfolders = all(len(p.relative_to(folder).parts) > 1 for p in paths)
     has_classes = in_subfolders and len(classes) > 1
+    if has_classes and (np.bincount(labels).min() < 2 or num_test < len(classes)):
+        raise InputError(
+            f"the {len(paths)} images in {folder} are of {len(classes)} classes, its "
+            "subfolders. Every class needs two images or more, for training and test. "
+            "Put images without classes into the folder itself."
+        )
     return np.stack(pictures), labels if has_classes else None
 
 
