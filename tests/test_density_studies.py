@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -234,6 +235,23 @@ def test_precision_and_recall():
     # One mode of two: all samples are good, half the images are missed.
     precision, recall = precision_and_recall(both, left)
     assert precision == 1.0 and recall == 0.5
+
+
+def test_precision_and_recall_hold_distances_only():
+    # Differences of all pairs in 64 features would take a gigabyte.
+    points = np.random.default_rng(0).standard_normal((2, 1000, 64))
+    tracemalloc.start()
+    precision, recall = precision_and_recall(*points, num_neighbours=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e8
+    # Balls of nearest neighbours, one by one.
+    for found, (centers, others) in ((precision, points), (recall, points[::-1])):
+        inside = np.zeros(1000, dtype=bool)
+        for index, center in enumerate(centers):
+            own = np.delete(np.linalg.norm(centers - center, axis=1), index).min()
+            inside |= np.linalg.norm(others - center, axis=1) <= own
+        assert found == inside.mean()
 
 
 # ------------------------------------------------------------------------------- tables

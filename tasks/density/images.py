@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import NearestNeighbors
@@ -255,8 +256,7 @@ def precision_and_recall(
     def covered(points: np.ndarray, by: np.ndarray) -> float:
         neighbours = NearestNeighbors(n_neighbors=num_neighbours + 1).fit(by)
         radii = neighbours.kneighbors(by)[0][:, -1]
-        distances = np.linalg.norm(points[:, None] - by, axis=-1)
-        return float((distances <= radii).any(1).mean())
+        return float((cdist(points, by) <= radii).any(1).mean())
 
     return covered(generated, by=real), covered(real, by=generated)
 
