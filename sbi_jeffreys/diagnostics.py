@@ -133,19 +133,22 @@ class ModelComparison:
         Returns:
             Spearman's rank correlation with every column of $\theta$ and $x$ and with
             its distance from the median, of those whose p-value is below 0.01 over the
-            number of columns, the strongest first.
+            number of columns, the strongest first. Of outputs that are missing at some
+            simulations, as padding, the others count.
         """
         columns: Dict[str, Tensor] = {}
         for name, values in (("theta", self.theta), ("x", self.x)):
             for i, column in enumerate(values.flatten(1).T):
                 columns[f"{name}[{i}]"] = column
-                distance = (column - column.median()).abs()
+                distance = (column - column[column.isfinite()].median()).abs()
                 columns[f"|{name}[{i}] - median|"] = distance
         found = {}
         for name, column in columns.items():
-            if (column == column[0]).all() or len(column) < 10:
+            is_there = column.isfinite()
+            column, disagreement = column[is_there], self.disagreement[is_there]
+            if len(column) < 10 or (column == column[0]).all():
                 continue
-            result = spearmanr(column.numpy(), self.disagreement.numpy())
+            result = spearmanr(column.numpy(), disagreement.numpy())
             if result.pvalue < 0.01 / len(columns):  # type: ignore[attr-defined]
                 found[name] = float(result.statistic)  # type: ignore[attr-defined]
         return dict(sorted(found.items(), key=lambda item: -abs(item[1])))

@@ -4,6 +4,7 @@ Against closed forms where they exist; and by how often they raise an alarm, on 
 fits, on simulators that are wrong, and far from the simulations.
 """
 
+import dataclasses
 import math
 import warnings
 
@@ -183,6 +184,19 @@ def test_where_the_models_disagree():
     assert "x[1]" not in found
     nothing = compare_models(train_gaussians(), simulate(200))
     assert len(nothing.disagreement_by_feature()) <= 1
+
+
+def test_where_the_models_disagree_with_outputs_that_are_missing():
+    comparison = compare_models(train_gaussians(tilt=0.5), simulate(200))
+    x = torch.cat((comparison.x, torch.full((200, 1), math.nan)), 1)
+    x[::3, 0] = math.nan
+    found = dataclasses.replace(comparison, x=x).disagreement_by_feature()
+    whole = ~x[:, 0].isnan()
+    distance = (x[whole, 0] - x[whole, 0].median()).abs()
+    ranks = torch.stack((distance, comparison.disagreement[whole])).argsort(1)
+    expected = np.corrcoef(ranks.argsort(1))[0, 1]
+    assert list(found)[0] == "|x[0] - median|"
+    assert found["|x[0] - median|"] == pytest.approx(expected)
 
 
 def test_report_says_it_in_words():
