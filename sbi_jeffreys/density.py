@@ -27,7 +27,7 @@ from sbi_jeffreys.objective import JeffreysObjective, Proposals, ProxySamples
 from sbi_jeffreys.partition import LogPartition, from_log_weights
 from sbi_jeffreys.persistence import keeping_random_state
 from sbi_jeffreys.posterior import RefinedPosterior
-from sbi_jeffreys.refinement import sample_with_log_weights, temper
+from sbi_jeffreys.refinement import log_refined, sample_with_log_weights
 from sbi_jeffreys.tracking import NoTracker
 from sbi_jeffreys.trainer import LEARNING_RATE, JeffreysNPE
 from sbi_jeffreys.weights import Weights
@@ -397,7 +397,7 @@ class JeffreysDensityEstimator(DensityMixin, BaseEstimator):
         if exponent == 1:
             return log_q - constant
         log_p = self.flow_.log_prob(points, self._condition)[:, 0]
-        return log_p + temper(log_q - log_p, exponent) - constant
+        return log_refined(log_p, log_q, exponent) - constant
 
     def refined_posterior(self, exponent: Optional[float] = None) -> RefinedPosterior:
         """Return the refined density as sbi's posteriors are, with its diagnostics.

@@ -28,6 +28,7 @@ from sbi_jeffreys.estimator import JeffreysEstimator
 from sbi_jeffreys.moves import metropolis_moves
 from sbi_jeffreys.partition import LogPartition, from_log_weights
 from sbi_jeffreys.refinement import (
+    log_refined,
     sample_with_log_ratio,
     sample_with_log_weights,
     temper,
@@ -121,7 +122,7 @@ class RefinedPotential(BasePotential):
         if self.exponent == 1:
             return log_q
         log_p = self.estimator.log_prob(theta, x)
-        return log_p + temper(log_q - log_p, self.exponent)
+        return log_refined(log_p, log_q, self.exponent)
 
 
 def proxy_based_potential(

@@ -103,11 +103,25 @@ def sample_with_log_weights(
     theta = torch.cat((theta, reference))
     log_p = torch.cat((log_p, flow.log_prob(reference, x)))
     log_q = proxy.log_unnormalized(theta, x)
-    # Where the flow has no density at all its ratio to the proxy is no number.
-    log_r = log_q if exponent == 1 else log_p + temper(log_q - log_p, exponent)
+    log_r = log_refined(log_p, log_q, exponent)
     reference_log_prob = proxy.base.reference_log_prob(theta)
     log_m = log_mixture(log_p, reference_log_prob, num_samples, num_samples)
     return theta, log_r - log_m
+
+
+def log_refined(log_p: Tensor, log_q: Tensor, exponent: float) -> Tensor:
+    r"""Return $\log (p^{1 - \beta} (b \exp f)^\beta)$, $-\infty$ where a factor is 0.
+
+    Args:
+        log_p: $\log p(\theta \mid x)$ of the flow.
+        log_q: $\log b(\theta) + f(\theta, x)$ of the proxy, of the same shape.
+        exponent: The exponent $\beta$.
+    """
+    if exponent == 1:
+        return log_q
+    log_r = log_p + temper(log_q - log_p, exponent)
+    # Where the flow has no density at all its ratio to the proxy is no number.
+    return log_r.masked_fill(torch.isneginf(log_p), -torch.inf)
 
 
 def temper(log_weights: Tensor, exponent: float) -> Tensor:

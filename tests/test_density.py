@@ -65,6 +65,12 @@ def test_the_log_likelihood_is_that_of_the_gaussian(each):
     assert each.score(test) == pytest.approx(each.score_samples(test).mean())
 
 
+def test_density_of_an_outlier_is_zero(each, monkeypatch):
+    # Where the flow's is zero, too, which their ratio does not bear.
+    monkeypatch.setattr(each, "exponent_", 0.5)
+    assert np.isneginf(each.score_samples([[1e30, 1e30], [-1e35, 1e30]])).all()
+
+
 def grid_around(extent: float, size: int) -> tuple[np.ndarray, float]:
     """Return points of a grid in whitened coordinates, and the area of a cell."""
     axis = (np.arange(size) + 0.5) / size * 2 * extent - extent

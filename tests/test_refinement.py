@@ -8,6 +8,7 @@ from torch.distributions import MultivariateNormal
 from sbi_jeffreys.refinement import (
     choose_exponent,
     log_ratio,
+    log_refined,
     sample_with_log_ratio,
     temper,
 )
@@ -120,3 +121,15 @@ def test_temper(exponent):
     tempered = temper(log_weights, exponent)
     torch.testing.assert_close(tempered[:3], exponent * log_weights[:3])
     assert tempered[3] == -torch.inf  # also where 0 * inf would be NaN
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.3, 1.0])
+def test_nothing_is_between_the_models_where_one_of_them_has_nothing(exponent):
+    log_p = torch.tensor([-2.0, -torch.inf, -1e38, -torch.inf])
+    log_q = torch.tensor([3.0, 1.0, -torch.inf, -torch.inf])
+    found = log_refined(log_p, log_q, exponent).exp()
+    p, q = log_p.exp(), log_q.exp()
+    expected = p ** (1 - exponent) * q**exponent
+    # Of the proxy alone what the flow says does not count, but not the other way.
+    excluded = q == 0 if exponent < 1 else torch.zeros(4, dtype=torch.bool)
+    torch.testing.assert_close(found, expected.masked_fill(excluded, 0.0))
