@@ -214,7 +214,8 @@ def expected_coverage(
         are from torch's global generator.
 
     Raises:
-        TypeError: If `theta` or `x` is not a tensor.
+        TypeError: If `theta`, `x` or `references` is not a tensor, or `theta` not one
+            of floating-point numbers.
         ValueError: If shapes disagree, numbers are not finite, a parameter has the same
             value in all simulations, or the posterior's samples are not finite.
         RuntimeError: If `max_sampling_time` is over.
@@ -228,6 +229,11 @@ def expected_coverage(
         ],
         dim=1,
     ).to(theta)
+    if samples.shape[1:] != theta.shape:
+        raise ValueError(
+            f"The posterior's samples have {samples.shape[2]} parameters, but theta "
+            f"has {theta.shape[1]}. Pass the parameters that it was trained on."
+        )
     if not samples.isfinite().all():
         bad = int((~samples.isfinite().all(-1)).sum())
         raise ValueError(
@@ -329,11 +335,20 @@ def _check_mass(mass: float) -> None:
 def _check_input(
     theta: Tensor, x: Tensor, references: Optional[Tensor], num_posterior_samples: int
 ) -> None:
-    for name, value in (("theta", theta), ("x", x)):
+    given = {"theta": theta, "x": x}
+    if references is not None:
+        given["references"] = references
+    for name, value in given.items():
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{name} must be a torch.Tensor, got {type(value).__name__}."
             )
+    if not theta.is_floating_point():
+        # The posterior's samples are brought to its type, and would be cut.
+        raise TypeError(
+            f"theta must hold floating-point numbers, got {theta.dtype}. Pass "
+            "theta.float()."
+        )
     if theta.ndim != 2 or len(theta) < 2:
         raise ValueError(
             "theta must have shape (simulations, parameters), with at least two "
@@ -353,9 +368,7 @@ def _check_input(
         raise ValueError(
             f"num_posterior_samples must be positive, got {num_posterior_samples}."
         )
-    for name, value in (("theta", theta), ("x", x), ("references", references)):
-        if value is None:
-            continue
+    for name, value in given.items():
         bad = int((~value.isfinite().flatten(1).all(1)).sum())
         if bad:
             raise ValueError(

@@ -280,6 +280,12 @@ def test_wrong_types_and_samples_and_masses():
     with pytest.raises(TypeError, match="theta must be a torch.Tensor, got list"):
         coverage_of(Gaussian(), [[0.0]], X)
     theta, x = simulate()
+    with pytest.raises(TypeError, match="references must be .* got ndarray"):
+        coverage_of(Gaussian(), theta, x, references=theta.numpy())
+    with pytest.raises(TypeError, match=r"theta must hold floating.* theta.float\(\)"):
+        coverage_of(Gaussian(), theta.long(), x, references=theta)
+    with pytest.raises(ValueError, match="samples have 2 parameters, but theta has 1"):
+        coverage_of(Gaussian(), theta[:, :1], x)
     with pytest.raises(ValueError, match="of 120000 samples .* not finite"):
         coverage_of(Gaussian(math.nan), theta, x)
     coverage = coverage_of(Gaussian(), theta, x)
