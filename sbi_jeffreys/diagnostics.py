@@ -494,11 +494,13 @@ def _compare_batch(
     # Of the energy beyond the support nothing is known: the proxy does not count it.
     inside = ~torch.isneginf(log_b[:num_samples])
     extended = base.extended_log_prob(theta_flow) + f[:num_samples].where(inside, 0.0)
-    ratio = torch.where(log_w.isfinite(), log_q - log_p, 0.0)
+    # What weighs nothing adds nothing, also where the flow has no density at all.
+    of_proxy = torch.softmax(log_w, 0)
+    ratio = torch.where(of_proxy > 0, log_q - log_p, 0.0)
     weights = from_log_weights((log_q - log_p)[:num_samples])
     result = {
         "flow_to_proxy": (log_p[:num_samples] - extended).mean(0) + log_z,
-        "proxy_to_flow": (torch.softmax(log_w, 0) * ratio).sum(0) - log_z,
+        "proxy_to_flow": (of_proxy * ratio).sum(0) - log_z,
         "relative_ess": weights.effective_sample_size / num_samples,
     }
     if theta is not None:

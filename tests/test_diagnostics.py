@@ -166,6 +166,21 @@ def test_the_energy_beyond_the_prior_does_not_count():
     assert (parts["flow_to_proxy"].mean() - within).abs() < 0.1
 
 
+def test_a_flow_without_any_density_at_most_parameters():
+    # So narrow that samples of the prior have none in single precision.
+    width, precision = 1e-19, 900.0
+    prior = MultivariateNormal(torch.zeros(1), torch.eye(1))
+    zero = torch.zeros(1, 1), torch.zeros(1)
+    flow = LinearGaussianFlow(*zero, torch.full((1, 1), width))
+    net = QuadraticEnergy(*zero, torch.full((1, 1), precision**0.5))
+    torch.manual_seed(0)
+    estimator = JeffreysEstimator(flow, gaussian_proxy(net, prior))
+    parts = _compare(estimator, torch.zeros(20, 1), 1000)
+    # The proxy's precision is that of energy and prior together.
+    expected = 0.5 / ((precision + 1) * width**2)
+    assert parts["proxy_to_flow"].mean().item() == pytest.approx(expected, rel=0.1)
+
+
 @pytest.mark.parametrize(("width", "coverage"), [(1.0, 0.9), (0.5, 0.4377)])
 def test_coverage(width, coverage):
     comparison = compare_models(train_gaussians(width=width), simulate(2000))
