@@ -364,12 +364,18 @@ def log_prob_true_parameters(posterior: Any, theta: Tensor, x: Tensor) -> float:
         constant, as those sampled by MCMC or rejection.
 
     Raises:
-        ValueError: If `theta` and `x` differ in length.
+        ValueError: If `theta` and `x` differ in length, or `theta` is not finite.
     """
     if len(theta) != len(x) or len(theta) == 0:
         raise ValueError(
             f"theta and x must have one row for each simulation, got {len(theta)} and "
             f"{len(x)} rows."
+        )
+    bad = int((~theta.isfinite().all(dim=1)).sum())
+    if bad:  # for which posteriors answer that it lies outside the prior's support
+        raise ValueError(
+            f"theta has NaN or infinity in {bad} of {len(theta)} rows. Leave those "
+            "simulations out of theta and x."
         )
     members = getattr(posterior, "posteriors", [posterior])
     if any(isinstance(p, (MCMCPosterior, RejectionPosterior)) for p in members):

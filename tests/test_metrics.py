@@ -464,3 +464,10 @@ class TestPosteriors:
     def test_log_prob_of_rows_that_do_not_match(self):
         with pytest.raises(ValueError, match="got 3 and 2 rows"):
             log_prob_true_parameters(Gaussian(), torch.zeros(3, 2), torch.zeros(2, 2))
+
+    def test_log_prob_of_parameters_that_are_missing(self):
+        # Posteriors of sbi's take them for such as lie outside the prior's support.
+        theta, x = torch.zeros(4, 2), torch.zeros(4, 2)
+        theta[2, 1] = math.nan
+        with pytest.raises(ValueError, match="theta has NaN or infinity in 1 of 4"):
+            log_prob_true_parameters(Gaussian(), theta, x)
