@@ -27,7 +27,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from copy import deepcopy
 from functools import partial, wraps
 from itertools import pairwise
@@ -311,7 +311,8 @@ def converged(tasks: list[str], budgets: list[int]) -> None:
             ):
                 inference = trainer(kind, task, budget, **kwargs)
                 start = time.perf_counter()
-                inference.train()
+                with redirect_stdout(sys.stderr):  # sbi prints how it ends
+                    inference.train()
                 seconds.append(time.perf_counter() - start)
             *ours, maf, nsf = seconds
             cells = " | ".join(f"{s:.0f} | {s / maf:.1f} | {s / nsf:.1f}" for s in ours)
