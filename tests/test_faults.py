@@ -564,6 +564,11 @@ def test_a_flow_that_cannot_be_sampled_costs_the_pool_alone():
 
 
 INTERRUPTED = """
+import signal
+
+# Processes of a shell's background are born to ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import torch
 from torch.distributions import MultivariateNormal
 from sbi_jeffreys import JeffreysNPE, NoTracker
