@@ -8,6 +8,7 @@ from statistics import geometric_mean, mean, stdev
 REPOSITORY = Path(__file__).resolve().parents[1]
 REPORTS = REPOSITORY / "tasks/reports"
 BENCHMARK = REPORTS / "against_npe_1000/results.csv"
+FEWER_SIMULATIONS = REPORTS / "against_npe_300/results.csv"
 MORE_SIMULATIONS = REPORTS / "against_npe_10000/results.csv"
 # The default before energies had a bound, and that without surrogates then.
 UNBOUNDED = REPORTS / "unbounded_1000/results.csv"
@@ -456,6 +457,7 @@ def substitutions() -> dict[str, str]:
     """Return what the pages have between double braces."""
     return {
         "c2st_table": c2st(BENCHMARK),
+        "c2st_table_300": c2st(FEWER_SIMULATIONS),
         "c2st_table_10000": c2st(MORE_SIMULATIONS),
         "losses": losses(),
         "published_loss_table": published_losses(),
@@ -471,6 +473,7 @@ def substitutions() -> dict[str, str]:
         "training_ratio": training_ratio(),
         "training_table": training_table(),
         "seeds": seeds(read(BENCHMARK)),
+        "seeds_300": seeds(read(FEWER_SIMULATIONS)),
         "seeds_10000": seeds(read(MORE_SIMULATIONS)),
         "refined_10000": refined_mean(MORE_SIMULATIONS),
         "minutes_10000": minutes(MORE_SIMULATIONS),
