@@ -605,6 +605,15 @@ def test_the_readme_says_what_the_rows_of_more_simulations_say(site):
         for method in ("jeffreys_refined", "npe_nsf")
     )
     assert list(means["npe_nsf"].dropna().index) == sorted(tasks)
+    assert len(means["npe_maf"].dropna()) == 7 and len(means["fmpe"].dropna()) == 6
+    for peer in ("npe_maf", "fmpe"):
+        assert not (means[peer] <= refined).any()
+    assert list(means.index[means["fmpe"] < means["jeffreys"]]) == ["slcp"]
+    flow, of_fmpe = (f"{means.loc['slcp', m]:.3f}" for m in ("jeffreys", "fmpe"))
+    assert f"behind FMPE on slcp, {flow} against {of_fmpe}." in page
+    assert f"FMPE on slcp, {flow} against {of_fmpe}." in text_of(
+        "docs/when_not_to_use.md"
+    )
     assert f"refined {', '.join(ours[:-1])} and {ours[-1]} on" in page
     assert f"NPE {', '.join(theirs[:-1])} and {theirs[-1]}." in page
     seconds = rows[rows.method == "jeffreys_refined"].training_seconds / 60
