@@ -80,8 +80,8 @@ def best_of(losses, epochs):
     return min(epochs, key=lambda epoch: losses[epoch])
 
 
-def train(inference, num_epochs, **kwargs):
-    torch.manual_seed(1)
+def train(inference, num_epochs, seed=1, **kwargs):
+    torch.manual_seed(seed)
     theta = PRIOR.sample((150,))
     x = theta + 0.5 * torch.randn(150, 2)
     if not inference._theta_roundwise:
@@ -560,11 +560,8 @@ def test_the_flow_is_chosen_by_both_its_losses_when_it_follows(shared, monkeypat
         def flow_share(self):
             return 10.0
 
-    inference = make(shared, weights=Devoted())
-    # Which flow is kept is asked here, not how wide it then becomes.
-    inference._fit_scale_of_flow = lambda: None
-    states, distances = record(inference), []
     of_judged_flow = Losses.of_judged_flow
+    distances = []
 
     def recording(losses, batch):
         result = of_judged_flow(losses, batch)
@@ -573,19 +570,31 @@ def test_the_flow_is_chosen_by_both_its_losses_when_it_follows(shared, monkeypat
 
     monkeypatch.setattr(Losses, "of_judged_flow", recording)
     first = 20 if shared else 30  # of the last stage
-    estimator = train(inference, first + 10, learning_rate=7e-2, stop_after_epochs=100)
-    losses = inference.summary["validation_loss"]
-    assert inference.summary["stage"] == stages_of(first + 10, shared)
-    assert len(distances) == 10  # fifteen simulations for validation: one batch
-    scores = [
-        loss + 10 * distance
-        for loss, distance in zip(losses[first:], distances, strict=True)
-    ]
-    best = first + scores.index(min(scores))
-    assert equal(state_of(estimator.flow), states[best][1][0])
-    assert inference._best["flow"][0] == pytest.approx(min(scores), rel=1e-6)
-    # The one by forward divergence alone would be another.
-    assert best != best_of(losses, range(first, first + 10))
+    # Until the flow by forward divergence alone would be another: by rounding, that
+    # may not be so with a seed on every processor.
+    for seed in range(1, 9):
+        inference = make(shared, weights=Devoted())
+        # Which flow is kept is asked here, not how wide it then becomes.
+        inference._fit_scale_of_flow = lambda: None
+        states = record(inference)
+        distances.clear()
+        estimator = train(
+            inference, first + 10, seed, learning_rate=7e-2, stop_after_epochs=100
+        )
+        losses = inference.summary["validation_loss"]
+        assert inference.summary["stage"] == stages_of(first + 10, shared)
+        assert len(distances) == 10  # fifteen simulations for validation: one batch
+        scores = [
+            loss + 10 * distance
+            for loss, distance in zip(losses[first:], distances, strict=True)
+        ]
+        best = first + scores.index(min(scores))
+        assert equal(state_of(estimator.flow), states[best][1][0])
+        assert inference._best["flow"][0] == pytest.approx(min(scores), rel=1e-6)
+        if best != best_of(losses, range(first, first + 10)):
+            break
+    else:
+        pytest.fail("with no seed would the flow by forward divergence be another")
     # What is told of it is its validation loss.
     assert inference.summary["best_validation_loss"] == [losses[best]]
     assert inference._best_val_loss == losses[best]
