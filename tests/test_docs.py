@@ -249,17 +249,15 @@ def test_the_gains_with_images_are_those_of_the_study():
     rows = pd.read_csv(REPORTS / "images_1000/rows.csv")
     gains = rows.pivot_table("gain", "seed", "model")
     assert len(gains) == 5
-    readme, page = (ROOT / "README.md").read_text(), ROOT / "docs/how_to/embedding.md"
+    readme, page = text_of("README.md"), ROOT / "docs/how_to/embedding.md"
     mean, spread = gains.mean(), gains.std()
     refined = f"{mean['refined']:.2f} ± {spread['refined']:.2f}"
     flow = f"{mean['flow']:.2f} ± {spread['flow']:.2f}"
-    assert refined in readme
+    assert f"in five others it was, in each, by {refined} nats" in readme
     assert f"{flow} nats over NPE and the refined posterior {refined}" in " ".join(
         page.read_text().split()
     )
-    assert (gains["refined"] > 0).all()
-    losses = gains["flow"][gains["flow"] < 0]
-    assert [f"{-loss:.2f}" for loss in losses] == ["0.09"]
+    assert (gains[["refined", "flow"]] > 0).all(axis=None)
 
 
 def test_every_loss_of_the_benchmark_is_shown(site, c2st):
