@@ -438,17 +438,21 @@ def _checked_pair(
             f"{len(theta)} and {len(x)}."
         )
     # Networks may take a missing output for an average one, without a word.
-    trained_on = inference._x_roundwise
-    takes_missing = not all(part.isfinite().all() for part in trained_on)
     for name, part in (("theta", theta), ("x", x)):
         bad = int((~part.isfinite().flatten(1).all(1)).sum())
-        if bad and not (name == "x" and (takes_missing or not trained_on)):
+        if bad and not (name == "x" and _may_be_missing(inference)):
             raise ValueError(
                 f"{name} of held_out has NaN or infinity in {bad} of {len(part)} rows, "
                 "which the simulations of the training had not. Leave those "
                 "simulations out of both, theta and x."
             )
     return theta.to(torch.float32), x.to(torch.float32)
+
+
+def _may_be_missing(inference: JeffreysNPE) -> bool:
+    """Return whether outputs were missing in training; a file does not tell."""
+    trained_on = inference._x_roundwise
+    return not trained_on or not all(part.isfinite().all() for part in trained_on)
 
 
 @torch.no_grad()
