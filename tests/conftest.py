@@ -6,14 +6,18 @@ import torch
 from sbi_jeffreys import trainer
 
 
-@pytest.fixture(autouse=True)
-def _deterministic():
-    """Every test starts from the same seed, on one thread, and leaves both be."""
-    num_threads = torch.get_num_threads()
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Fixtures of a module, too, train on one thread: two may round differently."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic(_one_thread):
+    """Every test starts from the same seed, on one thread, and leaves both be."""
     torch.manual_seed(0)
     yield
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -46,7 +46,6 @@ def gaussian_samples(num: int, seed: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def fitted() -> JeffreysDensityEstimator:
     """An estimator fitted to a Gaussian."""
-    torch.set_num_threads(1)
     return small(max_num_epochs=24).fit(gaussian_samples(2000, seed=1))
 
 

@@ -599,7 +599,6 @@ def sensors(theta, noise=0.3):
 
 @pytest.fixture(scope="module")
 def trained():
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     theta = BOX.sample((800,))
     inference = JeffreysNPE(

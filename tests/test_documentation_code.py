@@ -93,8 +93,6 @@ def shortened(code):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A trained inference, saved, with all that a reader has at that point."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     prior = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
     theta = prior.sample((200,))
@@ -105,7 +103,6 @@ def trained(tmp_path_factory):
         inference.train(max_num_epochs=3)
     path = tmp_path_factory.mktemp("trained") / "inference.pt"
     inference.save(path)
-    torch.set_num_threads(num_threads)
     x_o = simulator(torch.tensor([[0.5, -1.0]]))
     return path, {"prior": prior, "theta": theta, "x": x, "x_o": x_o}
 

@@ -83,8 +83,6 @@ def test_row_has_the_figures_that_plain_sbi_gives():
     assert row["status"] == "ok", row["traceback"]
 
     task = get_task("two_moons")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     seed_all_backends(seed_of("simulations", "two_moons", 100, 1, 0))
     theta = task.prior.sample((100,))
     x = task.simulator(theta)
@@ -99,7 +97,6 @@ def test_row_has_the_figures_that_plain_sbi_gives():
     samples = posterior.sample(
         (100,), x=task.observation(4), show_progress_bars=False
     ).detach()
-    torch.set_num_threads(threads)
 
     reference = task.reference_posterior_samples(4)[:100]
     assert row["c2st"] == pytest.approx(metrics.c2st(reference, samples))

@@ -93,20 +93,17 @@ def train(cls=JeffreysNPE, seed=1, prior=PRIOR, num=600, **kwargs):
 
 @pytest.fixture(scope="module")
 def inference():
-    torch.set_num_threads(1)
     return train()
 
 
 @pytest.fixture(scope="module")
 def others():
     """Return two more, of other seeds."""
-    torch.set_num_threads(1)
     return [train(seed=seed, max_num_epochs=20, learning_rate=1e-2) for seed in (2, 3)]
 
 
 @pytest.fixture(scope="module")
 def npe():
-    torch.set_num_threads(1)
     return train(NPE)
 
 

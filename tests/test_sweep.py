@@ -148,6 +148,7 @@ def test_numbers_are_parsed():
         ("against_npe_1000_10d", 4 * 4 * 3 * 10),
         ("against_npe_10000", 10 * 4 * 10),
         ("sequential_1000", 2 * 3 * 3),
+        ("sequential_10000", 2 * 3 * 3),
         ("fast_1000", 10 * 2 * 3 * 10),
         ("network_1000", 6 * 2 * 3 * 10),
         ("network_1000_10d", 4 * 2 * 3 * 10),
