@@ -26,9 +26,27 @@ from torch.nn import functional as F
 class OnePassAffineAutoregressiveTransform(MaskedAffineAutoregressiveTransform):
     """nflows' transform, whose inverse takes one pass through its network.
 
-    It has the same parameters and the same values. It fits networks of feedforward
+    A condition that many parameters share goes through its layer once. Parameters and
+    values are nflows'. It fits networks of feedforward
     blocks without batch normalisation, such as sbi builds; see `invert_in_one_pass`.
     """
+
+    def forward(
+        self, inputs: Tensor, context: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
+        r"""Return $z$ and $\log |\partial z / \partial \theta|$.
+
+        Args:
+            inputs: $\theta$ of shape `(batch_dim, num_parameters)`.
+            context: Of shape `(batch_dim, num_context_features)`.
+
+        Returns:
+            Of shape `(batch_dim, num_parameters)` and `(batch_dim,)`.
+        """
+        if context is not None and len(context) > 1 and context.stride(0) == 0:
+            # sbi has expanded one condition, as of a posterior; the network adds it.
+            context = context[:1]
+        return super().forward(inputs, context)  # type: ignore[return-value]
 
     def inverse(
         self, inputs: Tensor, context: Optional[Tensor] = None
