@@ -43,9 +43,7 @@ class OnePassAffineAutoregressiveTransform(MaskedAffineAutoregressiveTransform):
         Returns:
             Of shape `(batch_dim, num_parameters)` and `(batch_dim,)`.
         """
-        if context is not None and len(context) > 1 and context.stride(0) == 0:
-            # sbi has expanded one condition, as of a posterior; the network adds it.
-            context = context[:1]
+        context = _once_if_shared(context)
         return super().forward(inputs, context)  # type: ignore[return-value]
 
     def inverse(
@@ -69,6 +67,7 @@ class OnePassAffineAutoregressiveTransform(MaskedAffineAutoregressiveTransform):
         final_weight = made.final_layer.weight[:, orders[-1]]
         final_bias = made.final_layer.bias.unsqueeze(1)
         of_context = None
+        context = _once_if_shared(context)
         if context is not None:
             of_context = made.activation(made.context_layer(context)).T[orders[0]]
         # Units in rows: those of a degree are then in one piece of memory.
@@ -95,6 +94,16 @@ class OnePassAffineAutoregressiveTransform(MaskedAffineAutoregressiveTransform):
             theta = torch.cat((theta, ((z[i] - shift) / scale).unsqueeze(0)))
             log_scales.append(torch.log(scale))
         return theta.T, -torch.stack(log_scales).sum(0)
+
+
+def _once_if_shared(context: Optional[Tensor]) -> Optional[Tensor]:
+    """Return one row of a context expanded from one, as of a posterior.
+
+    The network adds what its layer makes of it to every row of parameters.
+    """
+    if context is not None and len(context) > 1 and context.stride(0) == 0:
+        return context[:1]
+    return context
 
 
 def _sorted_by_degree(
