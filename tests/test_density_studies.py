@@ -3,6 +3,7 @@
 import json
 import math
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -482,6 +483,13 @@ def test_what_is_read_can_be_split_and_compared(tmp_path, classes, message):
     else:
         with pytest.raises(InputError, match=message):
             execute(study, run, tmp_path / "results")
+
+
+@pytest.mark.parametrize("relative", [".", "../faces", "0/.."])
+def test_the_folder_of_images_names_the_data(tmp_path, monkeypatch, relative):
+    (tmp_path / "faces" / "0").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "faces")
+    assert ImageStudy(Path(relative)).dataset == "faces"
 
 
 def test_images_of_any_folder_in_any_latent_size(folder, tmp_path):

@@ -70,7 +70,8 @@ class ImageStudy:
     @property
     def dataset(self) -> str:
         """Name of the data in the result table."""
-        return "digits" if self.folder is None else Path(self.folder).name
+        # `.` and `..` have no names.
+        return "digits" if self.folder is None else self.folder.resolve().name
 
     def runs(self, seeds: Sequence[int]) -> list[Run]:
         """Return the runs, seed by seed."""
