@@ -12,7 +12,8 @@ simulations, the same flow, the same batches and the same number of gradient ste
 Those of `flows` alternate; the others are made one after the other, so that other work
 of the machine may slow one of them alone. `epochs` divides seconds per epoch: of each
 stage of the training, and of all stages in equal parts, sets of samples included.
-`converged` trains both with all defaults until they stop. `sampling` times 10,000
+`converged` trains both until they stop, and divides seconds per epoch of the whole
+training. `sampling` times 10,000
 samples, their densities and the refined posterior. `memory` compares peaks of processes
 that train three epochs on 100,000 simulations. `flows` divides times of sbi's flows as
 this library runs them by those of sbi's. `profile` is of JeffreysNPE alone: the share
@@ -294,29 +295,35 @@ def profile(tasks: list[str], budgets: list[int], flow: str) -> None:
                 )
 
 
-def converged(tasks: list[str], budgets: list[int]) -> None:
-    """Print seconds to convergence, all defaults, over NPE's with maf and with nsf."""
-    print(
-        "| task | simulations | JeffreysNPE, s | / NPE (maf) | / NPE (nsf) "
-        "| fast, s | / NPE (maf) | / NPE (nsf) |\n|---|---|---|---|---|---|---|---|"
-    )
+def converged(tasks: list[str], budgets: list[int], flow: str) -> None:
+    """Print seconds and epochs until trainings stop, and seconds per epoch over NPE's.
+
+    The epochs are in the parts that the stages take of a full training.
+    """
+    kinds = {
+        "NPE": (NPE, {}),
+        "JeffreysNPE": (JeffreysNPE, {}),
+        "fast": (JeffreysNPE, {"preset": "fast"}),
+    }
+    columns = [f"{name}, s | {name}, epochs" for name in kinds]
+    columns += [f"{name} / NPE, s per epoch" for name in list(kinds)[1:]]
+    print(f"| task | simulations | {' | '.join(columns)} |\n" + 10 * "|---" + "|")
     for name in tasks:
         for budget in budgets:
-            task, seconds = get_task(name), []
-            for kind, kwargs in (
-                (JeffreysNPE, {}),
-                (JeffreysNPE, {"preset": "fast"}),
-                (NPE, {"density_estimator": "maf"}),
-                (NPE, {"density_estimator": "nsf"}),
-            ):
-                inference = trainer(kind, task, budget, **kwargs)
+            runs = []
+            for kind, kwargs in kinds.values():
+                inference = trainer(
+                    kind, get_task(name), budget, density_estimator=flow, **kwargs
+                )
                 start = time.perf_counter()
                 with redirect_stdout(sys.stderr):  # sbi prints how it ends
                     inference.train()
-                seconds.append(time.perf_counter() - start)
-            *ours, maf, nsf = seconds
-            cells = " | ".join(f"{s:.0f} | {s / maf:.1f} | {s / nsf:.1f}" for s in ours)
-            print(f"| {name} | {budget} | {cells} |", flush=True)
+                seconds = time.perf_counter() - start
+                runs.append((seconds, len(inference.summary["validation_loss"])))
+            cells = [f"{seconds:.0f} | {number}" for seconds, number in runs]
+            npe, *ours = (seconds / number for seconds, number in runs)
+            cells += [f"{each / npe:.2f}" for each in ours]
+            print(f"| {name} | {budget} | {' | '.join(cells)} |", flush=True)
 
 
 def sampling(tasks: list[str], flow: str) -> None:
@@ -457,8 +464,7 @@ def main() -> None:
             measurement.add_argument(
                 "--tasks", nargs="+", choices=TASKS, default=list(TASKS)
             )
-        if name != "converged":
-            measurement.add_argument("--flow", default="maf")
+        measurement.add_argument("--flow", default="maf")
         if name in ("epochs", "profile", "converged"):
             measurement.add_argument(
                 "--budgets", type=int, nargs="+", choices=EPOCHS, default=[1_000]
@@ -479,7 +485,7 @@ def main() -> None:
     elif arguments.measurement == "profile":
         profile(arguments.tasks, arguments.budgets, arguments.flow)
     elif arguments.measurement == "converged":
-        converged(arguments.tasks, arguments.budgets)
+        converged(arguments.tasks, arguments.budgets, arguments.flow)
     elif arguments.measurement == "sampling":
         sampling(arguments.tasks, arguments.flow)
     elif arguments.measurement == "flows":
