@@ -56,10 +56,28 @@ class BaseMeasure(ABC):
         self.center = theta.mean(0)
         self._center_is_inside: Optional[bool] = None
         self.floor = -math.inf
-        log_b = self._inside_only(self._log_prob_inside, theta[:MAX_SIMULATIONS])
+        lowest = self._lowest_at(theta[:MAX_SIMULATIONS])
+        if lowest is not None:
+            self.floor = lowest - NEGLIGIBLE
+
+    def reach(self, theta: Tensor) -> None:
+        """Let the measure end beyond all simulations, also those of a later round.
+
+        A proposal may lie where the prior's own simulations never were. Where all are
+        within the measure it ends as before.
+
+        Args:
+            theta: Parameters of simulations, of shape `(batch_dim, *input_shape)`.
+        """
+        lowest = self._lowest_at(theta.to(self.scale))
+        if lowest is not None and lowest < self.floor:
+            self.floor = lowest - NEGLIGIBLE
+
+    def _lowest_at(self, theta: Tensor) -> Optional[float]:
+        """Return the least log density at parameters inside, `None` if none are."""
+        log_b = self._inside_only(self._log_prob_inside, theta)
         log_b = log_b[log_b.isfinite()]
-        if len(log_b):
-            self.floor = log_b.min().item() - NEGLIGIBLE
+        return log_b.min().item() if len(log_b) else None
 
     @abstractmethod
     def _log_prob_inside(self, theta: Tensor) -> Tensor:

@@ -427,6 +427,7 @@ def to_content(inference: "JeffreysNPE", simulations: bool) -> Dict[str, Any]:
         "written_by": __version__,
         "networks": copy_of_networks(estimator),
         "exponent": estimator.exponent,
+        "floor": estimator.proxy.base.floor,
         "settings": _settings(inference),
         "kind_of_weights": type(inference._weights).__name__,
         "weights": inference._weights.state_dict(),
@@ -519,6 +520,9 @@ def _fill(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
         _check_fits(name, getattr(estimator, name).state_dict(), state)
     load_networks(estimator, content["networks"])
     estimator.exponent = content["exponent"]
+    base = estimator.proxy.base
+    # Simulations of later rounds may have lowered it. Older files do not hold it.
+    base.floor = content.get("floor", base.floor)
     estimator.to(inference._device).eval()
     inference._neural_net = estimator
     kind, own_kind = content["kind_of_weights"], type(inference._weights).__name__

@@ -733,6 +733,10 @@ class JeffreysNPE(NPE):
             self._num_skipped_steps = 0
             self._last_epoch = None
             self._weights.start_round()
+            if not self._was_built_with_these:
+                self._estimator.proxy.base.reach(
+                    self.get_simulations(self._starting_round)[0]
+                )
         assert isinstance(loss_args, LossArgsNPE)
         self._losses = self._make_losses(loss_args)
         hold_out(self._estimator, self._was_built_with_these)

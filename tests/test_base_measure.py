@@ -354,6 +354,23 @@ def test_the_measure_ends_where_the_prior_is_negligible(name):
     assert base.reference_log_prob(points).isfinite().all()
 
 
+def test_the_measure_reaches_simulations_of_a_later_round():
+    """A proposal may lie beyond where the prior's own simulations let it end."""
+    prior = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)
+    base = make_base_measure("prior", prior, torch.tensor([[0.0, 0.0], [3.0, 0.0]]))
+    far = torch.tensor([[8.0, 0.0], [0.0, 8.1], [0.0, 0.0]])
+    before = base.log_prob(far)
+    assert (before == torch.tensor([-INF, -INF, before[2]])).all()
+    base.reach(far[:1])
+    torch.testing.assert_close(base.log_prob(far), prior.log_prob(far))
+    # Ten nats below, in closed form, and it does not come back.
+    radius = torch.tensor(2 * (32 + 10.0)).sqrt()
+    end = torch.tensor([[0.999], [1.001]]) * radius * torch.tensor([0.6, -0.8])
+    for theta in (far[2:], far[:1]):
+        base.reach(theta)
+        assert (base.log_prob(end).isfinite() == torch.tensor([True, False])).all()
+
+
 def test_a_negligible_tail_is_left_by_a_gradient_that_is_finite():
     """Near its bound the density of a lognormal falls without end, and so steeply."""
     prior = Independent(LogNormal(torch.zeros(1), 0.5 * torch.ones(1)), 1)

@@ -21,6 +21,7 @@ from helpers import (
     PRIOR,
     X_O,
     StatefulEmbedding,
+    assert_epochs_are_finite,
     assert_equal,
     interrupt_before,
     make,
@@ -417,6 +418,27 @@ def test_resumed_training_of_a_later_round(tmp_path, options, epochs):
     loaded.append_simulations(theta, x, proposal=proposal)
     train(loaded, 2)
     assert loaded._data_round_index == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:The proposal you passed")
+@pytest.mark.parametrize("simulations", [True, False])
+def test_the_proxy_is_where_simulations_of_a_later_round_are(tmp_path, simulations):
+    """The observation contradicts the prior: eight of its standard deviations out."""
+    prior = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    proposal = MultivariateNormal(torch.full((2,), 8.0), 0.3 * torch.eye(2))
+    inference = make(prior)
+    train(inference, 3, simulate(prior=prior))
+    theta, x = simulate(prior=proposal)
+    assert (prior.log_prob(theta) < inference._estimator.proxy.base.floor).all()
+    inference.append_simulations(theta, x, proposal=proposal)
+    train(inference, 6)
+    assert_epochs_are_finite(inference.summary)
+    inference.save(tmp_path / "fit.pt", simulations=simulations)
+    for each in (inference, make(prior).load(tmp_path / "fit.pt")):
+        base = each._estimator.proxy.base
+        torch.testing.assert_close(base.log_prob(theta), prior.log_prob(theta))
+        posterior = each.build_posterior(sample_with="refined").set_default_x(x[:1])
+        assert posterior.log_prob(theta).isfinite().all()
 
 
 def test_a_training_that_had_converged_is_not_changed(tmp_path):
