@@ -201,7 +201,40 @@ class PriorMeasure(BaseMeasure):
     r"""The prior as base measure, $b = p_0$."""
 
     def _log_prob_inside(self, theta: Tensor) -> Tensor:
-        return _differentiable_log_prob(self.reference, theta, self.scale)
+        if not (torch.is_grad_enabled() and theta.requires_grad):
+            return self.reference.log_prob(theta)
+        try:
+            log_prob = self.reference.log_prob(theta)
+            # Its own gradient, or uniform, which one point does not tell.
+            differ = bool((theta != theta[:1]).any())
+            if log_prob.requires_grad or (differ and (log_prob == log_prob[0]).all()):
+                return log_prob
+        except RuntimeError:  # "Can't call numpy() on Tensor that requires grad."
+            pass
+        return self._log_prob_by_differences(theta)
+
+    def _log_prob_by_differences(self, theta: Tensor) -> Tensor:
+        """Return the log density with a gradient where the prior has none.
+
+        Priors that sbi wraps from scipy leave torch. Their gradient is taken by central
+        differences, written as a term that is zero in value.
+        """
+        point = theta.detach()
+        gradient = torch.stack(
+            [
+                # A step may lead out of the support, where a prior may raise.
+                (
+                    self.reference_log_prob(point + step)
+                    - self.reference_log_prob(point - step)
+                )
+                / (2 * step.sum())
+                for step in torch.diag(1e-3 * self.scale)
+            ],
+            dim=-1,
+        )
+        gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        log_prob = self.reference.log_prob(point)
+        return log_prob + (gradient * (theta - point)).sum(-1)
 
 
 class LebesgueMeasure(BaseMeasure):
@@ -354,34 +387,3 @@ def _constraint_bounds(
     low = torch.as_tensor(-torch.inf if low is None else low, dtype=torch.float32)
     high = torch.as_tensor(torch.inf if high is None else high, dtype=torch.float32)
     return low.expand(num_parameters), high.expand(num_parameters)
-
-
-def _differentiable_log_prob(
-    distribution: Distribution, theta: Tensor, scale: Tensor
-) -> Tensor:
-    """Return the log density, with a gradient also where the distribution has none.
-
-    Priors that sbi wraps from scipy leave torch. Their gradient is taken by central
-    differences, written as a term that is zero in value.
-    """
-    if not (torch.is_grad_enabled() and theta.requires_grad):
-        return distribution.log_prob(theta)
-    try:
-        log_prob = distribution.log_prob(theta)
-        if log_prob.requires_grad or (log_prob == log_prob[:1]).all():
-            return log_prob  # its own gradient, or uniform
-    except RuntimeError:  # "Can't call numpy() on Tensor that requires grad."
-        pass
-    point = theta.detach()
-    log_prob = distribution.log_prob(point)
-    steps = torch.diag(1e-3 * scale)
-    gradient = torch.stack(
-        [
-            (distribution.log_prob(point + step) - distribution.log_prob(point - step))
-            / (2 * step.sum())
-            for step in steps
-        ],
-        dim=-1,
-    )
-    gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-    return log_prob + (gradient * (theta - point)).sum(-1)

@@ -226,18 +226,41 @@ def test_gradient_of_a_prior_that_leaves_torch():
     torch.testing.assert_close(gradient, -(theta - 1) / 4, rtol=1e-3, atol=1e-3)
 
 
-def test_gradient_of_a_prior_that_detaches():
-    class Detaching(ScipyPrior):
-        def log_prob(self, theta):
-            return super().log_prob(torch.as_tensor(theta).detach().numpy())
+class Detaching(ScipyPrior):
+    def log_prob(self, theta):
+        return super().log_prob(torch.as_tensor(theta).detach().numpy())
 
+
+@pytest.mark.parametrize("num_points, num_copies", [(10, 1), (1, 1), (1, 3)])
+def test_gradient_of_a_prior_that_detaches(num_points, num_copies):
     prior = process(Detaching(scipy.stats.norm(1.0, 2.0)))
     measure = make_base_measure("prior", prior, prior.sample((400,)))
-    theta = torch.randn(10, 1, 2, requires_grad=True)
+    points = torch.randn(num_points, 1, 2).repeat(num_copies, 1, 1)
+    theta = points.requires_grad_()
     extended = measure.extended_log_prob(theta).sum()
     assert extended.requires_grad
     (gradient,) = torch.autograd.grad(extended, theta)
     torch.testing.assert_close(gradient, -(theta - 1) / 4, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prior_without_gradient_is_not_asked_beyond_its_support():
+    class Strict(Detaching):
+        def log_prob(self, theta):
+            log_prob = super().log_prob(theta)
+            if not torch.isfinite(torch.as_tensor(log_prob)).all():
+                raise ValueError("outside")
+            return log_prob
+
+    bounds = {"lower_bound": torch.zeros(2), "upper_bound": torch.ones(2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prior = process_prior(Strict(scipy.stats.beta(2, 1)), bounds)[0]
+    measure = make_base_measure("prior", prior, torch.rand(400, 2))
+    theta = torch.tensor([[0.5, 0.25], [0.9999, 0.4]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(measure.extended_log_prob(theta).sum(), theta)
+    # d/dt log t; none in the direction of the bound that a step would cross.
+    expected = torch.tensor([[2.0, 4.0], [0.0, 2.5]])
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_custom_prior_without_bounds_stays_finite():
