@@ -16,6 +16,7 @@ from sbi.sbi_types import Shape
 from sbi.utils import RestrictedPrior
 from sbi.utils.sbiutils import ImproperEmpirical, within_support
 from sbi.utils.user_input_checks_utils import (
+    OneDimPriorWrapper,
     PytorchReturnTypeWrapper,
     move_distribution_to_device,
 )
@@ -118,10 +119,11 @@ class BaseMeasure(ABC):
         flat = theta.reshape(-1, theta.shape[-1])
         inside = within_support(self.reference, flat)
         if inside.all():
-            return log_prob(flat).reshape(theta.shape[:-1])
-        result = flat.new_full((len(flat),), -torch.inf)
-        if inside.any():
-            result[inside] = log_prob(flat[inside])
+            result = log_prob(flat)
+        else:
+            result = flat.new_full((len(flat),), -torch.inf)
+            if inside.any():
+                result[inside] = log_prob(flat[inside])
         return result.reshape(theta.shape[:-1])
 
     def extended_log_prob(self, theta: Tensor, slope: float = 10.0) -> Tensor:
@@ -277,7 +279,8 @@ def make_base_measure(
             validate_args=False,
         )
         return LebesgueMeasure(reference, theta)
-    if not prior.event_shape and len(prior.batch_shape) == 1:
+    has_event = prior.event_shape or isinstance(prior, OneDimPriorWrapper)
+    if not has_event and len(prior.batch_shape) == 1:
         # sbi takes Uniform(low, high) with vectors for a prior over a vector.
         prior = Independent(prior, 1, validate_args=False)
     # Moving the proxy to another device must not move the user's prior.
@@ -296,7 +299,7 @@ def event_shape(prior: Distribution) -> torch.Size:
     """Return the shape of one parameter set, also of what sbi gives no shape."""
     if isinstance(prior, RestrictedPrior):
         return event_shape(prior._prior)
-    if isinstance(prior, PytorchReturnTypeWrapper):
+    if isinstance(prior, (OneDimPriorWrapper, PytorchReturnTypeWrapper)):
         return event_shape(prior.prior)
     # sbi takes Uniform(low, high) with vectors for a prior over a vector.
     return prior.event_shape or prior.batch_shape
@@ -345,7 +348,10 @@ class _RestrictedReference(Distribution):
         log_prob = value.new_full(value.shape[:1], -torch.inf)
         if inside.any():
             constant = torch.as_tensor(prior.acceptance_rate).log()
-            log_prob[inside] = prior._prior.log_prob(value[inside]) - constant
+            values = prior._prior.log_prob(value[inside])
+            # One for every parameter, where sbi takes a batch of priors for one over
+            # all.
+            log_prob[inside] = values.reshape(len(values), -1).sum(1) - constant
         return log_prob
 
     def to(self, device: str | torch.device) -> None:

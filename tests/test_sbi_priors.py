@@ -73,6 +73,10 @@ def process(prior, **bounds):
         return process_prior(prior, bounds)[0]
 
 
+def gamma(dtype):
+    return Gamma(2 * torch.ones(1, dtype=dtype), torch.ones(1, dtype=dtype))
+
+
 def halfplane():
     box = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
     return RestrictedPrior(box, lambda theta: theta[:, 0] > 0, sample_with="rejection")
@@ -135,6 +139,8 @@ PRIORS = {
         ),
         [(-INF, INF)] * 2,
     ),
+    "one parameter": (lambda: process(gamma(torch.float32)), [(0, INF)]),
+    "one parameter, double": (lambda: process(gamma(torch.float64)), [(0, INF)]),
     "custom": (lambda: process(Ring()), [(-2, 2)] * 2),
 }
 
@@ -300,6 +306,18 @@ def test_restricted_prior_is_a_density():
     assert (extended[1:] < extended[0] - 1).all()
     (gradient,) = torch.autograd.grad(extended.sum(), theta)
     assert gradient[1, 0] > 0 and gradient[2, 0] < 0
+
+
+@pytest.mark.parametrize("num_parameters", [1, 2])
+def test_restricted_prior_of_independent_parameters_unwrapped(num_parameters):
+    """sbi takes a batch of priors for one over all parameters."""
+    unit = Uniform(torch.zeros(num_parameters), torch.ones(num_parameters))
+    prior = RestrictedPrior(unit, lambda theta: theta[:, 0] < 0.5, "rejection")
+    measure = make_base_measure("prior", prior, prior.sample((200,)))
+    theta = torch.tensor([[0.2, 0.1], [0.7, 0.1], [0.4, 0.9]])[:, :num_parameters]
+    log_b = measure.log_prob(theta)
+    assert log_b[::2].tolist() == pytest.approx(2 * [math.log(2)], abs=0.1)
+    assert log_b[1] == -INF
 
 
 def test_parameters_that_a_restricted_prior_rejects_are_counted(capsys):
