@@ -124,6 +124,8 @@ class BaseMeasure(ABC):
             result = flat.new_full((len(flat),), -torch.inf)
             if inside.any():
                 result[inside] = log_prob(flat[inside])
+        # Torch takes the support of a Beta that is moved and stretched for all reals.
+        result = result.masked_fill(result.isnan(), -torch.inf)
         return result.reshape(theta.shape[:-1])
 
     def extended_log_prob(self, theta: Tensor, slope: float = 10.0) -> Tensor:

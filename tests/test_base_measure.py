@@ -1,5 +1,6 @@
 """Base measures inside, outside and on the edge of every kind of support."""
 
+import math
 import warnings
 
 import pytest
@@ -14,8 +15,10 @@ from torch.distributions import (
     LogNormal,
     MultivariateNormal,
     Normal,
+    TransformedDistribution,
     Uniform,
 )
+from torch.distributions.transforms import AffineTransform
 
 from sbi_jeffreys.base_measure import LebesgueMeasure, PriorMeasure, make_base_measure
 
@@ -275,6 +278,24 @@ def test_custom_prior_without_bounds_stays_finite():
     low, high = torch.zeros(2), torch.ones(2)
     after = distance(theta.detach() + 1e-3 * gradient, low, high)
     assert (after[1:] < distance(theta.detach(), low, high)[1:]).all()
+
+
+def test_a_density_that_is_nan_beyond_its_bounds_is_zero_there():
+    """Torch takes the support of a Beta on another interval for all reals."""
+    unit = Beta(ones(2.0, 2.0), ones(2.0, 2.0))
+    stretched = TransformedDistribution(unit, [AffineTransform(5.0, 3.0)])
+    prior = process(Independent(stretched, 1))
+    theta = torch.tensor([[6.0, 7.0], [4.0, 7.0], [6.0, 9.0]])
+    assert prior.log_prob(theta).isnan().tolist() == [False, True, True]
+    for name in ("prior", "lebesgue"):
+        measure = make_base_measure(name, prior, prior.sample((400,)))
+        # 6 u (1 - u) / 3 in each direction.
+        expected = math.log(4 / 9) * 2 if name == "prior" else 0.0
+        for log_b in (measure.log_prob(theta), measure.extended_log_prob(theta)):
+            assert log_b[0] == pytest.approx(expected, abs=1e-5)
+        assert (measure.log_prob(theta[1:]) == -INF).all()
+        assert (measure.reference_log_prob(theta[1:]) == -INF).all()
+        assert measure.extended_log_prob(theta).isfinite().all()
 
 
 def test_restricted_prior():
