@@ -24,6 +24,7 @@ with the centred features $\tilde\varphi$ and the ridge penalty $\alpha$ [1].
 Choosing a Good Ridge Parameter", Technometrics 21, 1979.
 """
 
+import math
 from typing import Any, Optional, Tuple
 
 import numpy as np
@@ -181,7 +182,11 @@ class ResidualCoordinates(nn.Module):
         z = u @ self.cholesky.T + self.predict(features)
         unbounded = z * self.scale + self.mean
         lower = self.lower
-        return torch.where(lower.isnan(), unbounded, lower + unbounded.exp())
+        # Not of parameters without a bound, whose exponential may be infinite: zero
+        # times infinity is no gradient. Nor of what would not fit into the numbers.
+        limit = -math.log(torch.finfo(u.dtype).tiny)
+        logarithm = torch.where(lower.isnan(), 0.0, unbounded).clamp(-limit, limit)
+        return torch.where(lower.isnan(), unbounded, lower + logarithm.exp())
 
     def log_abs_det(self, theta: Tensor) -> Tensor:
         r"""Return $\log |\partial u / \partial \theta|$ of shape `theta.shape[:-1]`.

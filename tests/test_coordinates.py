@@ -10,6 +10,7 @@ from sbi.utils import BoxUniform, MultipleIndependent
 from sklearn.linear_model import LinearRegression, Ridge, RidgeCV
 from torch.distributions import (
     Exponential,
+    Gamma,
     HalfNormal,
     LogNormal,
     MultivariateNormal,
@@ -169,6 +170,45 @@ def test_units_of_the_parameters_do_not_matter():
     torch.testing.assert_close(
         other(theta * units, features), coordinates(theta, features), atol=1e-3, rtol=0
     )
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 100.0, 1e9])
+def test_samples_have_their_gradient_in_any_unit(unit):
+    """In units of u it is the Cholesky factor; of a logarithm times the distance."""
+    torch.manual_seed(0)
+    prior = half_bounded()
+    theta = prior.sample((500,))
+    x = theta + torch.randn(500, 3)
+    scale = torch.tensor([1.0, unit, 1.0])
+    units = MultipleIndependent([
+        LogNormal(torch.zeros(1), torch.ones(1)),
+        Normal(torch.zeros(1), unit * torch.ones(1)),
+        Exponential(torch.ones(1)),
+    ])
+    coordinates, features = coordinates_of(theta * scale, x, units)
+    u = torch.randn(10, 3)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda u: coordinates.inverse(u, features[:10]).sum(0), u
+    ).transpose(0, 1)
+    samples = coordinates.inverse(u, features[:10])
+    slopes = torch.stack(
+        (samples[:, 0], torch.full((10,), unit * theta[:, 1].std()), samples[:, 2]), 1
+    )
+    slopes[:, [0, 2]] *= coordinates.scale[[0, 2]]
+    expected = slopes.unsqueeze(-1) * coordinates.cholesky
+    torch.testing.assert_close(jacobian / scale[:, None], expected / scale[:, None])
+
+
+def test_samples_of_a_very_skewed_parameter_are_numbers():
+    """The logarithm of a Gamma(0.1) variable has a standard deviation of ten."""
+    torch.manual_seed(0)
+    prior = MultipleIndependent([Gamma(0.1 * torch.ones(1), torch.ones(1))] * 2)
+    theta = prior.sample((200,))
+    flow = build_residual_flow("maf", theta, theta + 0.1 * torch.randn(200, 2), prior)
+    with torch.no_grad():
+        samples, _ = flow.sample_and_log_prob((2000,), theta[:3])
+        assert (samples > 0).all() and samples.isfinite().all()
+        assert flow.log_prob(samples, theta[:3]).isfinite().all()
 
 
 def test_more_outputs_than_simulations_give_finite_coordinates():
