@@ -7,7 +7,7 @@ covariance. Where the posterior is a Gaussian whose mean is linear in the featur
 is standard normal given any $x$, and nothing is left to learn; elsewhere the networks
 learn what the regression leaves. From few simulations that is a better start than
 $\theta$ itself, and the regression is known in closed form. Parameters whose prior is
-bounded on one side only enter by the logarithm of their distance to the bound.
+bounded below only enter by the logarithm of their distance to the bound.
 
 A regression is nearer to the simulations that it was fitted to than to any others, the
 more so the fewer there are. Networks that learn from its residuals at the same

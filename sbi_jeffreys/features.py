@@ -101,7 +101,7 @@ class Features(nn.Module):
         # Neighbouring knots coincide at the ends only, where outputs are tied.
         width = (x1 - x0).clamp_min(torch.finfo(self.quantiles.dtype).tiny)
         normal = y0 + (values - x0) * ((y1 - y0) / width)
-        # Beyond the outermost knots a line goes on, but not for ever.
+        # The last two knots at either end coincide: beyond them the score is theirs.
         return normal.clamp(-MAX_SCORE / 2, MAX_SCORE / 2).to(self.scores).T
 
     def _flatten(self, x: Tensor) -> Tensor:

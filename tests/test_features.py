@@ -43,6 +43,17 @@ def test_normal_scores_are_those_of_scipy_ranks():
     assert np.abs(normal.numpy() - expected).mean() < 0.01
 
 
+@pytest.mark.parametrize("num", [20, 100, 1000, 20_000])
+def test_outputs_beyond_all_simulations_have_the_score_of_the_outermost(num):
+    torch.manual_seed(0)
+    x = torch.randn(num, 1)
+    ends = torch.stack((x.amin(0), x.amax(0)))
+    scores = Features(x).normal_scores(torch.cat((ends, ends + ends.sign(), 9 * ends)))
+    outermost = float(stats.norm.ppf(1 - 0.5 / num))
+    expected = torch.tensor(3 * [[-outermost], [outermost]])
+    torch.testing.assert_close(scores, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_normal_scores_increase_with_the_output():
     x = skewed()
     ordered = torch.linspace(0, 100, 300).unsqueeze(1).expand(-1, 2)
