@@ -375,7 +375,10 @@ def read(path: PathLike) -> Dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return containers of tensors on the CPU that hold no more than they show."""
+    """Return containers of tensors on the CPU that hold no more than they show.
+
+    Numbers of numpy become Python's: they are not read without running code.
+    """
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -384,7 +387,7 @@ def _plain(value: Any) -> Any:
         value = value.detach().cpu()
         whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
         return value if whole else value.clone()
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 # ------------------------------------------------------------------- content of a file
@@ -456,12 +459,11 @@ def to_content(inference: "JeffreysNPE", simulations: bool) -> Dict[str, Any]:
 def _settings(inference: "JeffreysNPE") -> Dict[str, Union[str, int]]:
     """Return the settings that a training is to be gone on with."""
     objective = inference.objective
-    # Not numbers and strings of numpy, which are not read without running code.
     return {
-        "preset": str(inference.preset),
-        "num_flow_samples": int(objective.num_flow_samples),
-        "num_reference_samples": int(objective.num_reference_samples),
-        "num_reverse_samples": int(objective.num_reverse_samples),
+        "preset": inference.preset,
+        "num_flow_samples": objective.num_flow_samples,
+        "num_reference_samples": objective.num_reference_samples,
+        "num_reverse_samples": objective.num_reverse_samples,
     }
 
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from copy import deepcopy
 from typing import Any, Dict, Optional, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -261,4 +262,5 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, dict):
         return all(map(_is_plain, [*value, *value.values()]))
-    return value is None or type(value) in (bool, int, float, str, Tensor)
+    is_number = isinstance(value, np.generic)  # of settings by numpy
+    return value is None or is_number or type(value) in (bool, int, float, str, Tensor)

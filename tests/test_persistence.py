@@ -28,6 +28,7 @@ from helpers import (
     outcome,
     simulate,
     simulator,
+    state_of,
     train,
 )
 from sbi.inference import simulate_for_sbi
@@ -38,6 +39,7 @@ from torch import nn
 from torch.distributions import Gamma, MultivariateNormal, Normal
 
 from sbi_jeffreys import (
+    AdaptiveWeights,
     FixedWeights,
     JeffreysObjective,
     RefinedPosterior,
@@ -69,6 +71,24 @@ def disturb():
 
 
 # -------------------------------------------------------------------- the user's way
+
+NUMPY_WEIGHTS = AdaptiveWeights(smoothing=np.float64(0.8))
+
+
+@pytest.mark.parametrize("epochs", [3, 27])
+def test_settings_may_be_numbers_of_numpy(tmp_path, epochs):
+    """A rate of `np.geomspace` costs neither the file nor the state of a training."""
+    options = {"learning_rate": np.float64(5e-3), "stop_after_epochs": 2}
+    expected = make()
+    train(expected, 30, simulate(), stop_after_epochs=2)
+    interrupted = make(weights=NUMPY_WEIGHTS)
+    train_until(epochs, interrupted, 30, simulate(), **options)
+    interrupted.save(tmp_path / "training.pt")
+    loaded = make(weights=NUMPY_WEIGHTS).load(tmp_path / "training.pt")
+    for inference in (interrupted, loaded):
+        train(inference, 30, resume_training=True, **options)
+        assert_equal(state_of(inference._neural_net), state_of(expected._neural_net))
+        assert inference.summary["trust"] == expected.summary["trust"]
 
 
 def test_a_fitted_estimator_is_loaded(tmp_path):
