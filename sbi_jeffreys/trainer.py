@@ -72,11 +72,9 @@ from sbi_jeffreys.persistence import (
     PathLike,
     all_finite,
     capture,
-    copy_of_networks,
     copy_of_state,
     from_content,
     keeping_random_state,
-    load_networks,
     random_state,
     read,
     record_built_with,
@@ -400,11 +398,28 @@ class JeffreysNPE(NPE):
                 simulations of this training, or if the validation loss was never
                 finite. After an error of `theta` more simulations can be appended.
         """
+        before = dict(vars(self))
+        networks = None if self._neural_net is None else copy_of_state(self._neural_net)
+        weights = self._weights.state_dict()
+        lengths = {name: len(values) for name, values in self._summary.items()}
         self._checkpoint = None if checkpoint is None else Checkpoint(checkpoint)
         try:
             return super().train(
                 num_atoms, training_batch_size, learning_rate, *args, **kwargs
             )
+        except BaseException:
+            last_epoch = self._last_epoch
+            if last_epoch is None or last_epoch is before["_last_epoch"]:
+                # No epoch is worth keeping: not even the split is to be another.
+                vars(self).clear()
+                vars(self).update(before)
+                if networks is not None:
+                    self._neural_net.load_state_dict(networks)  # type: ignore[union-attr]
+                    self._neural_net.eval()  # type: ignore[union-attr]
+                self._weights.load_state_dict(weights)
+                for name, length in lengths.items():
+                    del self._summary[name][length:]
+            raise
         finally:
             self._checkpoint = None
 
@@ -655,17 +670,7 @@ class JeffreysNPE(NPE):
         self, retrain_from_scratch: bool, start_idx: int
     ) -> None:
         before, random = self._neural_net, random_state(self._device)
-        weights = self._weights.state_dict()
-        try:
-            super()._initialize_neural_network(retrain_from_scratch, start_idx)
-        except BaseException:
-            self._neural_net = before
-            raise
-        states = None
-        if isinstance(before, JeffreysEstimator):
-            states = copy_of_networks(before)
-        lengths = {name: len(values) for name, values in self._summary.items()}
-        self._before_training = before, states, weights, lengths
+        super()._initialize_neural_network(retrain_from_scratch, start_idx)
         self._starting_round = start_idx
         if self._neural_net is not before:
             self._built_with = record_built_with(self, start_idx, random)
@@ -784,7 +789,7 @@ class JeffreysNPE(NPE):
             self._judge_proxy_afresh()
         self._best_val_loss = self._best["flow"].loss
         if not math.isfinite(self._best_val_loss):
-            self._forget_training()
+            self._last_epoch = None
             raise ValueError(
                 "The validation loss of the flow was never finite, so that no network "
                 "can be chosen. Look for NaN, infinite or extreme values in theta and "
@@ -846,7 +851,7 @@ class JeffreysNPE(NPE):
             numerical = numerical or _raised_in(error, NUMERICAL_PACKAGES)
         state = self._last_epoch
         if state is None or not math.isfinite(state["best"]["flow"][0]):
-            self._forget_training()
+            self._last_epoch = None
             if not numerical or isinstance(error, NonFiniteError):
                 raise error
             raise NonFiniteError(
@@ -899,18 +904,6 @@ class JeffreysNPE(NPE):
             stacklevel=6,
         )
         return None
-
-    def _forget_training(self) -> None:
-        """Put the networks back to what they were before a training that failed."""
-        self._neural_net, states, weights, lengths = self._before_training
-        if states is not None:
-            load_networks(self._estimator, states)
-        self._weights.load_state_dict(weights)
-        for name, length in lengths.items():
-            del self._summary[name][length:]
-        self._best = {}
-        self._last_epoch = None
-        self._finished = True
 
     def _make_losses(self, loss_args: LossArgsNPE) -> Losses:
         """Return the losses of a training, of the round that it is of."""
@@ -1589,7 +1582,7 @@ class JeffreysNPE(NPE):
         # Builders are closures, which pickle refuses, as for sbi's own.
         state.update(_build_flow=None, _build_proxy=None)
         state.update(_samples=SampleSets(self.objective, self._device))
-        state.update(_checkpoint=None, _before_training=None)
+        state.update(_checkpoint=None)
         state.pop("_average", None)
         state.pop("_parameters", None)
         state.pop("_validation_loader", None)

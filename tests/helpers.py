@@ -303,9 +303,11 @@ def values_of(summary: Mapping[str, List[Any]], name: str) -> List[float]:
 def interrupt_before(inference: Any, epoch: int) -> None:
     """Let an inference object's training be interrupted, once, before an epoch."""
     train_epoch = inference._train_epoch
+    to_come = [epoch]
 
     def interrupted(*args: Any, **kwargs: Any) -> float:
-        if inference.epoch == epoch:
+        if inference.epoch in to_come:
+            to_come.clear()
             del inference._train_epoch
             raise KeyboardInterrupt
         return train_epoch(*args, **kwargs)

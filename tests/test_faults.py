@@ -17,7 +17,10 @@ from helpers import (
     X_O,
     LinearGaussianFlow,
     assert_epochs_are_finite,
+    assert_equal,
+    interrupt_before,
     make,
+    outcome,
     parameters,
     simulate,
     train,
@@ -712,11 +715,46 @@ def test_ctrl_c_in_a_later_round_before_its_first_epoch(monkeypatch):
         assert torch.equal(parameters(inference._neural_net), before)
         assert str(inference.weights.state_dict()) == str(weights)
         assert inference.build_posterior().sample((5,), x=X_O).isfinite().all()
-        with pytest.raises(ValueError, match="no training to resume"):
-            train(inference, 4, resume_training=True)
+        assert len(inference.train_indices) + len(inference.val_indices) == 120
     interrupter.at = None
     train(inference, 4)
     assert inference.summary["epochs_trained"] == [4, 4]
+
+
+@pytest.mark.parametrize("how", ["build", "loaders", "first epoch"])
+def test_a_training_that_does_not_begin_leaves_the_one_before(tmp_path, how):
+    """It is resumed, saved and loaded as if no other had been tried."""
+
+    def build(theta, x):
+        if fails:
+            raise KeyboardInterrupt
+        builder = posterior_nn("maf", hidden_features=8, num_transforms=2)
+        return builder(theta, x)
+
+    fails = []
+    expected = make()
+    train(expected, 8, simulate())
+    inference = make(density_estimator=build)
+    interrupt_before(inference, 3)
+    train(inference, 8, simulate())
+    if how == "build":
+        fails.append(True)
+    if how == "first epoch":
+        interrupt_before(inference, 0)
+    keywords = {"of": "nobody"} if how == "loaders" else None
+    with pytest.raises((KeyboardInterrupt, TypeError)):
+        train(
+            inference,
+            8,
+            seed=5,
+            retrain_from_scratch=True,
+            force_first_round_loss=True,
+            dataloader_kwargs=keywords,
+        )
+    inference.save(tmp_path / "training.pt")
+    for resumed in (inference, make().load(tmp_path / "training.pt")):
+        train(resumed, 8, resume_training=True)
+        assert_equal(outcome(resumed), outcome(expected))
 
 
 def test_simulations_are_appended_whole_or_not_at_all(monkeypatch):
