@@ -393,7 +393,8 @@ class JeffreysNPE(NPE):
         Raises:
             OSError: If the checkpoint cannot be written when training starts. Later
                 it is warned of.
-            ValueError: If there is no training to resume, if a column of `theta` is
+            ValueError: If there is no training to resume, if it is to be resumed from
+                scratch or with other simulations, if a column of `theta` is
                 constant, discrete or too coarse for single precision over all
                 simulations of this training, or if the validation loss was never
                 finite. After an error of `theta` more simulations can be appended.
@@ -537,6 +538,15 @@ class JeffreysNPE(NPE):
             )
             if round_ >= starting_round
         )
+        if resume_training:
+            num_new = num - len(self.train_indices) - len(self.val_indices)
+            if num_new > 0:
+                raise ValueError(
+                    f"{num_new} simulations were appended since this training began, "
+                    "which cannot be resumed with them. Leave resume_training out to "
+                    "train with all simulations; give force_first_round_loss=True if "
+                    "all are of the prior."
+                )
         if not 2 <= int((1 - validation_fraction) * num) < num:
             raise ValueError(
                 f"{num} valid simulations with validation_fraction="
@@ -709,6 +719,11 @@ class JeffreysNPE(NPE):
         summarization_kwargs: Optional[Dict[str, Any]] = None,
     ) -> ConditionalDensityEstimator:
         resumed, random = train_config.resume_training, random_state(self._device)
+        if resumed and train_config.retrain_from_scratch:
+            raise ValueError(
+                "resume_training goes on with the networks of then, which "
+                "retrain_from_scratch would leave behind: give one of them."
+            )
         self._finished = False
         self._num_retries = 0
         self._num_batches = len(train_loader)

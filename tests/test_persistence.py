@@ -1006,3 +1006,31 @@ def test_resumed_with_other_simulations():
     train(inference, 4, discard_prior_samples=True, force_first_round_loss=True)
     with pytest.raises(ValueError, match="round 1 on, .* of round 0 on.*discard_prior"):
         train(inference, 6, resume_training=True, force_first_round_loss=True)
+
+
+@pytest.mark.parametrize("proposed", [False, True])
+def test_resumed_with_more_simulations(proposed):
+    """sbi goes on without them and says nothing, even with the loss of a proposal."""
+    inference = make()
+    train(inference, 4, simulate(120))
+    proposal = inference.build_posterior().set_default_x(X_O) if proposed else None
+    inference.append_simulations(*simulate(60, seed=5), proposal=proposal)
+    before = outcome(inference)
+    with pytest.raises(ValueError, match="60 simulations were appended since"):
+        train(inference, 6, resume_training=True)
+    assert_equal(outcome(inference), before)
+    # What the message advises.
+    train(inference, 4, force_first_round_loss=not proposed)
+    assert len(inference.train_indices) + len(inference.val_indices) == 180
+
+
+def test_resumed_from_scratch():
+    """The optimizer of then does not know the new networks, which would not learn."""
+    inference = make()
+    train(inference, 4, simulate(120))
+    before = outcome(inference)
+    with pytest.raises(ValueError, match="give one of them"):
+        train(inference, 6, resume_training=True, retrain_from_scratch=True)
+    assert_equal(outcome(inference), before)
+    train(inference, 6, resume_training=True)
+    assert len(inference.summary["trust"]) == 6
