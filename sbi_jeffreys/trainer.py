@@ -516,9 +516,10 @@ class JeffreysNPE(NPE):
         See `sbi.inference.NPE.get_dataloaders` for the arguments.
 
         Raises:
-            ValueError: If training or validation would be left without simulations,
-                if a training is to be resumed with other simulations than before, or
-                if columns of `theta` are such as `train` refuses.
+            ValueError: If training or validation would be left without simulations or
+                without a batch of them, if a training is to be resumed with other
+                simulations than before, or if columns of `theta` are such as `train`
+                refuses.
         """
         if resume_training and self._last_epoch is None:
             raise ValueError(
@@ -569,7 +570,7 @@ class JeffreysNPE(NPE):
         )
         keywords = dataloader_kwargs or {}
         if not keywords.keys().isdisjoint(("sampler", "batch_sampler", "collate_fn")):
-            return loaders
+            return _with_batches(loaders)
         tensors = loaders[0].dataset.tensors  # type: ignore[attr-defined]
         dataset = TensorDataset(*tensors, torch.arange(len(tensors[0])))
         # sbi's loaders leave out what does not fill a batch. Of the few simulations
@@ -592,7 +593,7 @@ class JeffreysNPE(NPE):
             return DataLoader(dataset, **{**own, **keywords})
 
         train, val = map(load, loaders, drop_last)
-        return train, val
+        return _with_batches((train, val))
 
     def build_posterior(  # type: ignore[override]
         self,
@@ -1603,6 +1604,19 @@ class JeffreysNPE(NPE):
         state.pop("_validation_loader", None)
         state.pop("_losses", None)
         return state
+
+
+def _with_batches(
+    loaders: Tuple[DataLoader, DataLoader],
+) -> Tuple[DataLoader, DataLoader]:
+    """Return dataloaders for training and validation that have batches, or raise."""
+    for part, loader in zip(("training", "validation"), loaders, strict=True):
+        if len(loader) == 0:
+            raise ValueError(
+                f"There are fewer simulations for {part} than a batch holds. Give a "
+                "smaller training_batch_size, or batch_size of dataloader_kwargs."
+            )
+    return loaders
 
 
 def _check_device(device: Union[str, torch.device]) -> None:

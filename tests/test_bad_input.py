@@ -260,6 +260,15 @@ def test_all_simulations_for_training():
         train(theta, x, validation_fraction=0.9)
 
 
+@pytest.mark.parametrize(
+    "collate", [{}, {"collate_fn": torch.utils.data.default_collate}]
+)
+def test_batches_larger_than_what_there_is(collate):
+    # sbi divides by zero; a batch size of `train` it cuts down to what there is.
+    with pytest.raises(ValueError, match="fewer simulations for training than a batch"):
+        train(*simulate(50), dataloader_kwargs={"batch_size": 46, **collate})
+
+
 @pytest.mark.parametrize("sample_with", ["direct", "refined"])
 @pytest.mark.parametrize(
     ("x_o", "error", "message"),
