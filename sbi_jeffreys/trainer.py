@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import (
     Any,
+    Callable,
     Dict,
     List,
     Literal,
@@ -945,7 +946,7 @@ class JeffreysNPE(NPE):
             self._samples,
             self._device,
             self._simulations_of,
-            loss_args.calibration_kernel,
+            partial(_weights_of_simulations, loss_args.calibration_kernel),
             atomic,
             # Atoms are told apart in whole batches.
             num_judged=None if self._round > 0 else NUM_VALIDATION_SIMULATIONS,
@@ -1659,6 +1660,21 @@ def _raised_in(error: BaseException, packages: Sequence[str]) -> bool:
 
 def _ones(x: Tensor) -> Tensor:
     return torch.ones(len(x), device=x.device)
+
+
+def _weights_of_simulations(kernel: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    """Return what a calibration kernel of the user's gives, one weight a simulation.
+
+    One of shape `(num, 1)` would multiply every simulation's loss by every weight, and
+    have no effect.
+    """
+    weights = torch.as_tensor(kernel(x), device=x.device)
+    if weights.shape not in ((), (len(x),)):
+        raise ValueError(
+            "calibration_kernel must return one weight for every simulation, of shape "
+            f"({len(x)},) here, got {tuple(weights.shape)}."
+        )
+    return weights.expand(len(x))
 
 
 def _cannot_be_sampled(error: Exception, consequence: str) -> str:

@@ -4,6 +4,7 @@ import logging
 import math
 import warnings
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -384,6 +385,29 @@ def test_training_without_simulations():
 def test_arguments_of_training(kwargs, message):
     with pytest.raises(ValueError, match=message):
         train(*simulate(50), **kwargs)
+
+
+def test_calibration_kernel_with_a_dimension_too_many():
+    # sbi takes it: every loss is multiplied by every weight, which has no effect.
+    with pytest.raises(ValueError, match=r"of shape \(200,\) here, got \(200, 1\)"):
+        train(
+            *simulate(300), calibration_kernel=lambda x: torch.exp(-x[:, :1].square())
+        )
+
+
+def test_calibration_kernels_that_are_numbers_or_of_numpy():
+    kernels = [
+        lambda x: torch.full((len(x),), 2.0),
+        lambda x: 2.0,
+        lambda x: torch.tensor(2.0),
+        lambda x: np.full(len(x), 2.0, dtype=np.float32),
+    ]
+    losses = []
+    for kernel in kernels:
+        torch.manual_seed(0)
+        inference = train(*simulate(), calibration_kernel=kernel)
+        losses.append(inference.summary["validation_loss"])
+    assert all(loss == losses[0] for loss in losses)
 
 
 def test_posterior_of_an_estimator_without_proxy():
