@@ -35,6 +35,23 @@ class AtomicLosses(NamedTuple):
     of_proxy: Callable[[Tensor, Tensor], Tensor]
 
 
+def check_batch(theta: Tensor) -> None:
+    """Raise if a batch has no two simulations to tell apart.
+
+    Args:
+        theta: Parameters of shape `(batch_dim, *input_shape)`.
+
+    Raises:
+        ValueError: If the batch holds a single simulation.
+    """
+    if len(theta) < 2:
+        raise ValueError(
+            "The atomic loss tells simulations of a batch from each other and needs "
+            "two or more; got a batch of 1. Change training_batch_size, or "
+            "validation_fraction where there is one simulation for validation."
+        )
+
+
 def atomic_proxy_loss(
     proxy: ConditionalEnergy,
     prior: Distribution,
@@ -57,12 +74,8 @@ def atomic_proxy_loss(
     Raises:
         ValueError: If the batch holds a single simulation.
     """
+    check_batch(theta)
     batch_dim = len(theta)
-    if batch_dim < 2:
-        raise ValueError(
-            "The atomic loss tells simulations of a batch from each other and needs "
-            "two or more; got a batch of 1. Change training_batch_size."
-        )
     num_atoms = max(2, min(num_atoms, batch_dim))
     others = (1 - torch.eye(batch_dim, device=theta.device)) / (batch_dim - 1)
     choices = torch.multinomial(others, num_atoms - 1, replacement=False)

@@ -37,7 +37,7 @@ from torch.nn.utils.clip_grad import clip_grad_norm_
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from sbi_jeffreys.atomic import AtomicLosses, atomic_proxy_loss
+from sbi_jeffreys.atomic import AtomicLosses, atomic_proxy_loss, check_batch
 from sbi_jeffreys.autoregressive import invert_in_one_pass
 from sbi_jeffreys.averaging import WeightAverage
 from sbi_jeffreys.base_scale import fit_scale, give_scale, scaled_bases
@@ -924,17 +924,20 @@ class JeffreysNPE(NPE):
 
     def _make_losses(self, loss_args: LossArgsNPE) -> Losses:
         """Return the losses of a training, of the round that it is of."""
+
+        def of_flow(theta: Tensor, x: Tensor, masks: Tensor) -> Tensor:
+            check_batch(theta)  # sbi divides by zero
+            return -self._log_prob_proposal_posterior(
+                theta,
+                x,
+                masks,
+                loss_args.proposal,  # type: ignore[arg-type]
+            )
+
         atomic = None
         if self._round > 0 and not loss_args.force_first_round_loss:
             atomic = AtomicLosses(
-                lambda theta, x, masks: (
-                    -self._log_prob_proposal_posterior(
-                        theta,
-                        x,
-                        masks,
-                        loss_args.proposal,  # type: ignore[arg-type]
-                    )
-                ),
+                of_flow,
                 lambda theta, x: atomic_proxy_loss(
                     self._estimator.proxy, self._prior, theta, x, self._num_atoms
                 ),

@@ -757,6 +757,20 @@ def test_a_training_that_does_not_begin_leaves_the_one_before(tmp_path, how):
         assert_equal(outcome(resumed), outcome(expected))
 
 
+@pytest.mark.parametrize("options", [{}, {"training_batch_size": 1}])
+def test_a_later_round_with_nothing_to_tell_apart(options):
+    """Of ten simulations one is for validation: atoms need two."""
+    inference = make()
+    train(inference, 4, simulate())
+    before = parameters(inference._neural_net)
+    proposal = inference.build_posterior().set_default_x(X_O)
+    inference.append_simulations(*simulate(10, seed=3), proposal=proposal)
+    with pytest.raises(ValueError, match="a batch of 1.*validation_fraction"):
+        train(inference, 4, discard_prior_samples=True, **options)
+    assert torch.equal(parameters(inference._neural_net), before)
+    train(inference, 4, discard_prior_samples=True, validation_fraction=0.3)
+
+
 def test_simulations_are_appended_whole_or_not_at_all(monkeypatch):
     inference = make()
 
