@@ -538,6 +538,8 @@ def _fill(inference: "JeffreysNPE", content: Dict[str, Any]) -> None:
 
     state = content["training"]
     inference._last_epoch = state
+    # A later round does not try all candidates of the flow again.
+    inference._is_new = state is not None and state["is_new"]
     if state is not None:
         _restore_best(inference, state)
         # Its learning rate, as all its state, comes with the resumed training.

@@ -46,6 +46,7 @@ from sbi_jeffreys import (
     energy_nn,
     persistence,
 )
+from sbi_jeffreys.candidates import FlowCandidates
 from sbi_jeffreys.persistence import copy_of_networks
 from sbi_jeffreys.pooled_energy import PooledEnergy
 from sbi_jeffreys.stages import Stage
@@ -995,6 +996,26 @@ def test_trained_anew_after_a_file_without_simulations(tmp_path, num_new):
     second.save(tmp_path / "whole.pt")
     third = make().load(tmp_path / "whole.pt")
     assert_equal(outcome(third), outcome(second))
+
+
+@pytest.mark.parametrize("simulations", [True, False])
+def test_a_later_round_after_loading(tmp_path, simulations):
+    """It begins as it would have without the file, with the candidate chosen before."""
+
+    def candidates(theta, x):
+        build = posterior_nn("maf", hidden_features=8, num_transforms=2)
+        return FlowCandidates([build(theta, x) for _ in range(2)])
+
+    first = make(density_estimator=candidates)
+    train(first, 60, simulate(120), stop_after_epochs=2)
+    first.save(tmp_path / "training.pt", simulations=simulations)
+    second = make(density_estimator=candidates).load(tmp_path / "training.pt")
+    proposal = first.build_posterior().set_default_x(X_O)
+    for inference in (first, second):
+        theta, x = simulate(60, seed=5)
+        inference.append_simulations(theta, x, proposal=proposal)
+        train(inference, 60, stop_after_epochs=2, discard_prior_samples=True)
+    assert_equal(outcome(second), outcome(first))
 
 
 def test_resumed_with_other_simulations():
