@@ -395,7 +395,8 @@ class JeffreysNPE(NPE):
             OSError: If the checkpoint cannot be written when training starts. Later
                 it is warned of.
             ValueError: If there is no training to resume, if it is to be resumed from
-                scratch or with other simulations, if a column of `theta` is
+                scratch or with other simulations, if networks are to be built by an
+                object that was unpickled or copied, if a column of `theta` is
                 constant, discrete or too coarse for single precision over all
                 simulations of this training, or if the validation loss was never
                 finite. After an error of `theta` more simulations can be appended.
@@ -682,6 +683,12 @@ class JeffreysNPE(NPE):
         self, retrain_from_scratch: bool, start_idx: int
     ) -> None:
         before, random = self._neural_net, random_state(self._device)
+        if self._build_flow is None and (before is None or retrain_from_scratch):
+            raise ValueError(
+                "An unpickled or copied JeffreysNPE has lost its builders, which new "
+                "networks need. Make a new one and append the simulations: "
+                "JeffreysNPE(prior, ...).append_simulations(theta, x)."
+            )
         super()._initialize_neural_network(retrain_from_scratch, start_idx)
         self._starting_round = start_idx
         if self._neural_net is not before:

@@ -12,6 +12,7 @@ import sys
 import warnings
 import zipfile
 from contextlib import contextmanager
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -228,6 +229,20 @@ def test_pickling_goes_on_as_with_npe(tmp_path, monkeypatch):
     assert_equal(outcome(make().load("fit.pt")), outcome(whole))
     with pytest.raises(ValueError, match="lost its builders"):
         inference.load("fit.pt")
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_copy_has_no_builders(is_trained):
+    # sbi's words are that None is not callable.
+    original = make()
+    original.append_simulations(*simulate())
+    if is_trained:
+        train(original)
+    copied = deepcopy(original)
+    options = {"retrain_from_scratch": True, "force_first_round_loss": True}
+    with pytest.raises(ValueError, match="copied JeffreysNPE has lost its builders"):
+        train(copied, **(options if is_trained else {}))
+    train(original, **(options if is_trained else {}))
 
 
 def test_nothing_to_save(tmp_path):
