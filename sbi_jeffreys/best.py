@@ -1,8 +1,6 @@
 """A model at its best on validation simulations."""
 
-from typing import Dict, NamedTuple
-
-from torch import Tensor
+from typing import Any, Dict, NamedTuple
 
 
 class Best(NamedTuple):
@@ -20,5 +18,5 @@ class Best(NamedTuple):
 
     score: float
     epoch: int
-    state: Dict[str, Tensor]
+    state: Dict[str, Any]
     loss: float

@@ -176,12 +176,18 @@ def all_finite(model: nn.Module) -> bool:
     return not parameters or bool(torch.cat(parameters).isfinite().all())
 
 
-def copy_of_state(model: nn.Module) -> Dict[str, Tensor]:
-    """Return a copy of the state of a module."""
-    return {key: value.clone() for key, value in model.state_dict().items()}
+def copy_of_state(model: nn.Module) -> Dict[str, Any]:
+    """Return a copy of the state of a module.
+
+    What modules of the user's keep beside tensors (`get_extra_state`) is any object.
+    """
+    return {
+        key: value.clone() if isinstance(value, Tensor) else deepcopy(value)
+        for key, value in model.state_dict().items()
+    }
 
 
-def copy_of_networks(estimator: JeffreysEstimator) -> Dict[str, Dict[str, Tensor]]:
+def copy_of_networks(estimator: JeffreysEstimator) -> Dict[str, Dict[str, Any]]:
     """Return copies of the states of flow and proxy."""
     return {name: copy_of_state(getattr(estimator, name)) for name in ("flow", "proxy")}
 
@@ -202,7 +208,7 @@ def copy_of_optimizer(optimizer: Optimizer) -> Dict[str, Any]:
 
 
 def load_networks(
-    estimator: JeffreysEstimator, states: Dict[str, Dict[str, Tensor]]
+    estimator: JeffreysEstimator, states: Dict[str, Dict[str, Any]]
 ) -> None:
     """Load the states of flow and proxy."""
     estimator.flow.load_state_dict(states["flow"])

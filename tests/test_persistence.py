@@ -245,6 +245,41 @@ def test_a_copy_has_no_builders(is_trained):
     train(original, **(options if is_trained else {}))
 
 
+class Counted(nn.Linear):
+    """It keeps more than tensors: how often it has learnt."""
+
+    count = 0
+
+    def forward(self, x):
+        self.count += self.training
+        return super().forward(x)
+
+    def get_extra_state(self):
+        return {"count": self.count}
+
+    def set_extra_state(self, state):
+        self.count = state["count"]
+
+
+def test_networks_that_keep_more_than_tensors(tmp_path):
+    def embedded():
+        flow = posterior_nn("maf", embedding_net=Counted(2, 3), hidden_features=8)
+        return make(density_estimator=flow)
+
+    expected = embedded()
+    train(expected, 8, simulate())
+    inference = embedded()
+    train_until(2, inference, 8, simulate())
+    inference.save(tmp_path / "training.pt")
+    loaded = embedded().load(tmp_path / "training.pt")
+    train(loaded, 8, resume_training=True)
+    counts = [
+        [m.count for m in made._neural_net.flow.modules() if isinstance(m, Counted)]
+        for made in (loaded, expected)
+    ]
+    assert counts[0] == counts[1] != [0]
+
+
 def test_nothing_to_save(tmp_path):
     with pytest.raises(ValueError, match="call .train"):
         make().save(tmp_path / "fit.pt")
