@@ -333,6 +333,9 @@ class JeffreysNPE(NPE):
                 shape than those appended before.
         """
         check_simulations(theta, x)
+        if isinstance(theta, Tensor) and isinstance(x, Tensor):
+            # Else each step would go back through the user's simulator, too.
+            theta, x = theta.detach(), x.detach()
         if self._x_roundwise and isinstance(x, Tensor):
             check_same_shape(x, self._x_roundwise[0])
         if proposal is None:

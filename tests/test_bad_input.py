@@ -261,6 +261,18 @@ def test_all_simulations_for_training():
         train(theta, x, validation_fraction=0.9)
 
 
+def test_simulations_with_gradients():
+    """Of a simulator that is made of networks, say; its gradients are not ours."""
+    theta, x = simulate()
+    scale = torch.ones(2, requires_grad=True)
+    losses = []
+    for data in ((theta, x), (theta.clone().requires_grad_(), x * scale)):
+        torch.manual_seed(0)
+        losses.append(train(*data).summary["validation_loss"])
+    assert losses[0] == losses[1]
+    assert scale.grad is None
+
+
 @pytest.mark.parametrize(
     "collate", [{}, {"collate_fn": torch.utils.data.default_collate}]
 )
