@@ -397,11 +397,10 @@ def _simulations(inference: JeffreysNPE) -> Tuple[Tensor, Tensor, Tensor]:
             "without: compare_models(inference, held_out=(theta, x))."
         )
     num_used = len(inference.train_indices) + len(inference.val_indices)
-    # `discard_prior_samples` leaves the first round out, where there are others.
-    for starting_round in range(min(2, max(inference._data_round_index) + 1)):
-        theta, x, masks = inference.get_simulations(starting_round)
-        if len(theta) == num_used:
-            return theta, x, masks.flatten().bool()
+    # `discard_prior_samples` leaves the first round out.
+    theta, x, masks = inference.get_simulations(inference._starting_round)
+    if len(theta) == num_used:
+        return theta, x, masks.flatten().bool()
     num = sum(map(len, inference._theta_roundwise))
     raise ValueError(
         f"The last training used {num_used} simulations, but there are {num} now. "

@@ -261,6 +261,17 @@ def test_appended_simulations_are_to_be_trained_on_first():
             use(inference)
 
 
+def test_a_round_of_equal_size_is_not_taken_for_that_trained_on():
+    inference = train_gaussians(num=100)
+    proposal = inference.build_posterior().set_default_x(torch.zeros(2))
+    comparison = compare_models(inference)
+    inference.append_simulations(*simulate(100), proposal=proposal)
+    said = "used 100 simulations, but there are 200 now. Train on all of them first"
+    for use in (compare_models, lambda i: check_fit(i, torch.zeros(2), comparison)):
+        with pytest.raises(ValueError, match=said):
+            use(inference)
+
+
 def test_a_file_without_simulations_needs_others(tmp_path):
     inference = train_gaussians(num=100)
     inference.save(tmp_path / "fit.pt", simulations=False)
