@@ -553,6 +553,9 @@ class JeffreysNPE(NPE):
                     "train with all simulations; give force_first_round_loss=True if "
                     "all are of the prior."
                 )
+            # The split is that of then, of which sbi makes batches by the fraction; the
+            # half keeps off what rounding could do to a whole number.
+            validation_fraction = (len(self.val_indices) - 0.5) / num
         if not 2 <= int((1 - validation_fraction) * num) < num:
             raise ValueError(
                 f"{num} valid simulations with validation_fraction="

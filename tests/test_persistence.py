@@ -1095,6 +1095,16 @@ def test_resumed_with_more_simulations(proposed):
     assert len(inference.train_indices) + len(inference.val_indices) == 180
 
 
+def test_resumed_without_the_fraction_of_then():
+    """The split is that of then; batches hold as many simulations of it as then."""
+    expected, inference = make(), make()
+    options = {"validation_fraction": 0.5, "training_batch_size": 200}
+    train(expected, 8, simulate(120), **options)
+    train_until(3, inference, 8, simulate(120), **options)
+    train(inference, 8, resume_training=True, training_batch_size=200)
+    assert_equal(outcome(inference), outcome(expected))
+
+
 def test_resumed_from_scratch():
     """The optimizer of then does not know the new networks, which would not learn."""
     inference = make()
