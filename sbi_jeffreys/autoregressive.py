@@ -27,8 +27,8 @@ class OnePassAffineAutoregressiveTransform(MaskedAffineAutoregressiveTransform):
     """nflows' transform, whose inverse takes one pass through its network.
 
     A condition that many parameters share goes through its layer once. Parameters and
-    values are nflows'. It fits networks of feedforward
-    blocks without batch normalisation, such as sbi builds; see `invert_in_one_pass`.
+    values are nflows'. It fits networks of feedforward blocks without batch
+    normalisation, such as sbi builds; see `invert_in_one_pass`.
     """
 
     def forward(

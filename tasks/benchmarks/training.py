@@ -13,12 +13,11 @@ Those of `flows` alternate; the others are made one after the other, so that oth
 of the machine may slow one of them alone. `epochs` divides seconds per epoch: of each
 stage of the training, and of all stages in equal parts, sets of samples included.
 `converged` trains both until they stop, and divides seconds per epoch of the whole
-training. `sampling` times 10,000
-samples, their densities and the refined posterior. `memory` compares peaks of processes
-that train three epochs on 100,000 simulations. `flows` divides times of sbi's flows as
-this library runs them by those of sbi's. `profile` is of JeffreysNPE alone: the share
-of each part of the work in the processor's time of the epochs of each stage, sets of
-samples included.
+training. `sampling` times 10,000 samples, their densities and the refined posterior.
+`memory` compares peaks of processes that train three epochs on 100,000 simulations.
+`flows` divides times of sbi's flows as this library runs them by those of sbi's.
+`profile` is of JeffreysNPE alone: the share of each part of the work in the processor's
+time of the epochs of each stage, sets of samples included.
 """
 
 import argparse
