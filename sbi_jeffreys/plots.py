@@ -31,6 +31,8 @@ FLOW, PROXY, COUPLING = "#0072B2", "#D55E00", "#009E73"
 # Of posteriors in the order in which they are given.
 COLORS = (FLOW, PROXY, COUPLING, "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 LINES = ("-", "--", ":", "-.")
+# Of marked points, which lie on all of these.
+_MARKED = ("black", "0.5")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 # In points: what is smaller cannot be read.
 _SMALLEST_FONT = 5.0
@@ -192,10 +194,11 @@ def plot_densities(
             `sample_with="refined"` or without.
         x_o: One observation.
         limits: Lower and upper limit of every parameter, `(num_parameters, 2)`. If not
-            given, those of the flow's central samples and a margin, within them.
+            given, those of the central samples of flow and posterior and a margin,
+            and of the points.
         dims: The two parameters.
         condition: Values of the others, `(num_parameters,)`; those at `dims` are not
-            used. The median of the flow's samples if not given.
+            used. The median of the posterior's samples if not given.
         points: Parameters to be marked, such as the true ones, `(num,
             num_parameters)` or `(num_parameters,)`.
         labels: Names of all parameters.
@@ -210,8 +213,8 @@ def plot_densities(
 
     Raises:
         TypeError: If the posterior is not of a `JeffreysNPE`.
-        ValueError: If there are fewer than two parameters, or if a model has no
-            density within the limits.
+        ValueError: If there are fewer than two parameters, if `dims`, `condition` or
+            `points` are not of these, or if a model has no density within the limits.
     """
     estimator = getattr(posterior, "posterior_estimator", None)
     if not isinstance(estimator, JeffreysEstimator):
@@ -226,22 +229,33 @@ def plot_densities(
             "The densities of a single parameter are no plane. Draw samples of it with "
             'plot_corner({"flow": samples, "refined": refined_samples}).'
         )
-    if len({d % num for d in dims}) != 2:
+    if any(not -num <= d < num for d in dims) or len({d % num for d in dims}) != 2:
         raise ValueError(
-            f"Two different parameters are needed, got dims={tuple(dims)} of {num}."
+            f"Two different parameters of {num} are needed, from 0 to {num - 1}; got "
+            f"dims={tuple(dims)}."
         )
     first, second = (d % num for d in dims)
+    marked = None if points is None else _rows("points", points, num)
+    prior = posterior.prior  # type: ignore[attr-defined]  # as those two have one
+    models = {
+        name: RefinedPosterior(estimator, prior, exponent)
+        for name, exponent in (("flow", 0.0), ("proxy", 1.0))
+    }
     if limits is None or condition is None:
         samples = posterior.sample((1000,), x=x_o, show_progress_bars=False)
         condition = samples.median(0).values if condition is None else condition
-        limits = _limits(samples) if limits is None else limits
+        if limits is None:
+            # Both models are normalised within the limits: a flow that is wider than
+            # the refined samples would look narrower than it is.
+            of_flow = models["flow"].sample((1000,), x=x_o)
+            limits = _limits([samples.cpu(), of_flow.cpu()], marked)
     limits = torch.as_tensor(limits)
-    condition = torch.as_tensor(condition).reshape(1, num)
+    condition = _rows("condition", condition, num).to(x_o.device)
+    if len(condition) != 1:
+        raise ValueError(f"One condition is needed, got {len(condition)}.")
 
-    prior = posterior.prior  # type: ignore[attr-defined]  # as those two have one
     densities = []
-    for name, exponent in (("flow", 0.0), ("proxy", 1.0)):
-        model = RefinedPosterior(estimator, prior, exponent)
+    for name, model in models.items():
         model.set_default_x(x_o)
         density = eval_conditional_density(
             _Unnormalised(model), condition, limits, first, second, resolution
@@ -285,8 +299,7 @@ def plot_densities(
         lines: dict[str, Any] = {"colors": "black", "linewidths": 0.8}
         lines.update(contour_kwargs or {})
         ax.contour(*grid, density, levels=thresholds, **lines)
-        if points is not None:
-            marked = torch.as_tensor(points).reshape(-1, num).cpu()
+        if marked is not None:
             ax.plot(marked[:, first], marked[:, second], "k+", ms=10, mew=2)
         ax.set_title(title)
         ax.set_xlabel(names[first])
@@ -297,7 +310,7 @@ def plot_densities(
 
 def plot_corner(
     samples: Mapping[str, Union[Tensor, np.ndarray]],
-    points: Optional[Union[Tensor, np.ndarray]] = None,
+    points: Optional[Union[Tensor, np.ndarray, List]] = None,
     limits: Optional[Union[List, Tensor]] = None,
     labels: Optional[List[str]] = None,
     levels: Sequence[float] = (0.5, 0.9),
@@ -321,17 +334,17 @@ def plot_corner(
     Args:
         samples: Samples of every posterior by its name, `(num, num_parameters)`, the
             same parameters for all.
-        points: Parameters to be marked, as in `pairplot`.
+        points: Parameters to be marked, `(num, num_parameters)`, or a list of such.
         limits: Limits of every parameter, `(num_parameters, 2)`; those of all samples
-            if not given.
+            but for outliers, and of the points, if not given.
         labels: Names of the parameters.
         levels: Masses within the contours, between 0 and 1.
         colors: Colours of the posteriors.
         bins: Number of points in every direction at which densities are estimated.
         figsize: Size of the figure.
-        **kwargs: Further arguments of `pairplot`. A mapping as `upper_kwargs` or
-            `diag_kwargs` is added to what every posterior gets here, such as
-            `{"bw_method": 0.1}` for narrow modes; a list takes its place.
+        **kwargs: Further arguments of `pairplot`. A mapping as `upper_kwargs`,
+            `lower_kwargs` or `diag_kwargs` is added to what every posterior gets here,
+            such as `{"bw_method": 0.1}` for narrow modes; a list takes its place.
 
     Returns:
         Figure and axes, as `pairplot`.
@@ -354,38 +367,39 @@ def plot_corner(
     ]
     num = next(iter(shapes.values()))[1]
     size = max(4.0, 2.2 * num)
-    options: dict[str, Any] = {
-        "upper": "contour",
-        "diag": "kde",
-        "upper_kwargs": [
-            {
-                "bins": bins,
-                "levels": sorted(levels),
-                "mpl_kwargs": {"colors": [color], "linestyles": [line]},
-            }
-            for color, line in styles
-        ],
-        "diag_kwargs": [
-            {"bins": bins, "mpl_kwargs": {"color": color, "linestyle": line}}
-            for color, line in styles
-        ],
-    }
-    for name, value in kwargs.items():
-        if name in ("upper_kwargs", "diag_kwargs") and isinstance(value, Mapping):
-            value = [{**style, **value} for style in options[name]]
-        options[name] = value
+    options: dict[str, Any] = {"upper": "contour", "diag": "kde", **kwargs}
+    for place in ("upper", "lower", "diag"):
+        kinds, given = options.get(place), options.get(f"{place}_kwargs")
+        if kinds is None or not isinstance(given, Mapping | None):
+            continue
+        if isinstance(kinds, str):
+            kinds = [kinds] * len(styles)
+        options[f"{place}_kwargs"] = [
+            _corner_kwargs(place, kind, *style, bins, sorted(levels), given or {})
+            for kind, style in zip(kinds, styles, strict=True)
+        ]
+    sets = [] if points is None else points
+    sets = sets if isinstance(sets, list) else [sets]
     fig_kwargs = {
-        "points_colors": ["black"],
+        "points_colors": [_MARKED[i % len(_MARKED)] for i in range(len(sets))],
         "points_diag": {"linewidth": 0.8},
         "points_offdiag": {"marker": "+", "markersize": 10},
         "fig_subplots_adjust": {"top": 0.97, "right": 0.97},
         **(options.pop("fig_kwargs", None) or {}),
     }
-    parts = [torch.as_tensor(part).cpu() for part in samples.values()]
+    # sbi leaves samples with NaN out; it cannot be asked for limits without outliers.
+    parts = [torch.as_tensor(part).cpu().float() for part in samples.values()]
+    parts = [part[part.isfinite().all(1)] for part in parts]
+    empty = [
+        name for name, part in zip(samples, parts, strict=True) if not part.numel()
+    ]
+    if empty:
+        raise ValueError(f"No finite samples of {', '.join(empty)}.")
     if limits is None:
-        # Those of all, but for the outliers, which would leave the rest in a corner.
-        each = torch.stack([_limits(part) for part in parts])
-        limits = torch.stack((each[..., 0].amin(0), each[..., 1].amax(0)), 1).tolist()
+        marked = (
+            torch.cat([_rows("points", part, num) for part in sets]) if sets else None
+        )
+        limits = _limits(parts, marked).tolist()
     fig, axes = pairplot(
         parts,
         points=points,
@@ -459,8 +473,9 @@ def plot_calibration(
 
     Raises:
         TypeError: If ranks or coverage have no names.
-        ValueError: If there is nothing to plot, or if ranks are of different shapes,
-            exceed `num_posterior_samples` or come without.
+        ValueError: If there is nothing to plot, if ranks are of different shapes, not
+            from 0 to `num_posterior_samples` or come without, or if `confidence` is not
+            between 0 and 1.
 
     [1] S. Talts et al., "Validating Bayesian Inference Algorithms with Simulation-Based
     Calibration", arXiv:1804.06788.
@@ -475,6 +490,8 @@ def plot_calibration(
     tables = {k: np.asarray(v, dtype=float) for k, v in (ranks or {}).items()}
     if not tables and not coverage:
         raise ValueError("Nothing to plot: give ranks, coverage or both.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}.")
     shapes = {name: table.shape for name, table in tables.items()}
     if len(set(shapes.values())) > 1 or any(len(s) != 2 for s in shapes.values()):
         raise ValueError(
@@ -489,11 +506,13 @@ def plot_calibration(
                 "they are. Give the number that run_sbc was given, or its default, "
                 "1000."
             )
-        if max(table.max() for table in tables.values()) > num_posterior_samples:
-            raise ValueError(
-                f"Ranks exceed num_posterior_samples={num_posterior_samples}. Give the "
-                "number that run_sbc was given."
-            )
+        for name, table in tables.items():
+            if not ((table >= 0) & (table <= num_posterior_samples)).all():
+                raise ValueError(
+                    f"Ranks are from 0 to num_posterior_samples={num_posterior_samples}"
+                    f"; those of {name} are from {table.min():g} to {table.max():g}. "
+                    "Give run_sbc's ranks, and the number that it was given."
+                )
         tables = {name: t / num_posterior_samples for name, t in tables.items()}
     num_runs, num_parameters = next(iter(shapes.values()), (None, 0))
     num_panels = num_parameters + bool(coverage)
@@ -539,7 +558,7 @@ def plot_calibration(
         ax.set_xlabel("credibility level")
         ax.set_ylabel("expected coverage")
         for method, (ecp, alpha) in coverage.items():
-            ax.plot(alpha.cpu(), ecp.cpu(), **style[method])
+            ax.plot(_values(alpha), _values(ecp), **style[method])
     for ax in axes:
         ax.set(xlim=(0, 1), ylim=(0, 1), box_aspect=1)
     handles = {}
@@ -598,7 +617,8 @@ def plot_c2st(
 
     Raises:
         TypeError: If values have no names, or no numbers of simulations.
-        ValueError: If a method has no values, or there is none.
+        ValueError: If a method has no values, or there is none, if values are not
+            finite, or if numbers of simulations are not positive.
     """
     _check_mapping("c2st", c2st, '{"NPE": {1_000: [0.7, 0.8]}}')
     for name, by_budget in c2st.items():
@@ -610,6 +630,13 @@ def plot_c2st(
     empty = [k for k, v in curves.items() if not v or not all(map(len, v.values()))]
     if empty or not curves:
         raise ValueError(f"Nothing to plot: no C2ST of {', '.join(empty) or 'any'}.")
+    for name, curve in curves.items():
+        for num, values in curve.items():
+            if num <= 0 or not np.isfinite(values).all():
+                raise ValueError(
+                    "C2ST must be finite, and numbers of simulations positive, or they "
+                    f"are in no plot; got c2st[{name!r}][{num}] = {values.tolist()}."
+                )
     defaults = {"figsize": (5, 3.8), "layout": "constrained"}
     axes: Axes = (
         plt.subplots(**{**defaults, **(fig_kwargs or {})})[1] if ax is None else ax
@@ -632,7 +659,8 @@ def plot_c2st(
         bars = spread if np.isfinite(spread).any() else None
         axes.errorbar(list(curve), means, yerr=bars, **style)
     axes.set_xscale("log")
-    axes.set_ylim(0.48, 1.02)
+    lowest = min(v.mean() for curve in curves.values() for v in curve.values())
+    axes.set_ylim(min(0.48, lowest - 0.02), 1.02)
     axes.set_xlabel("simulations")
     axes.set_ylabel("C2ST (0.5 is perfect)")
     if ax is None:
@@ -718,14 +746,78 @@ def _values(
     return np.atleast_1d(np.asarray(values, dtype=float)).ravel()
 
 
-def _limits(samples: Tensor) -> Tensor:
-    """Return limits that hold nearly all samples, `(num_parameters, 2)`."""
-    low, high = samples.quantile(torch.tensor([0.005, 0.995]).to(samples), 0)
-    margin = 0.15 * (high - low)
-    ends = samples.min(0).values, samples.max(0).values
-    return torch.stack(
-        (torch.maximum(low - margin, ends[0]), torch.minimum(high + margin, ends[1])), 1
-    )
+def _limits(parts: Sequence[Tensor], points: Optional[Tensor] = None) -> Tensor:
+    """Return limits that hold nearly all samples and the points.
+
+    Outliers would leave the rest in a corner.
+
+    Args:
+        parts: Samples of several posteriors, `(num, num_parameters)`.
+        points: Of shape `(num, num_parameters)`.
+
+    Returns:
+        Of shape `(num_parameters, 2)`.
+    """
+    lows, highs = [], []
+    for samples in parts:
+        low, high = samples.quantile(torch.tensor([0.005, 0.995]).to(samples), 0)
+        margin = 0.15 * (high - low)
+        lows.append(torch.maximum(low - margin, samples.min(0).values))
+        highs.append(torch.minimum(high + margin, samples.max(0).values))
+    limits = torch.stack((torch.stack(lows).amin(0), torch.stack(highs).amax(0)), 1)
+    if points is None:
+        return limits
+    # A marker on the edge is cut in half.
+    margin = 0.05 * (limits[:, 1] - limits[:, 0])
+    first, last = points.amin(0), points.amax(0)
+    low = torch.where(first < limits[:, 0], first - margin, limits[:, 0])
+    high = torch.where(last > limits[:, 1], last + margin, limits[:, 1])
+    return torch.stack((low, high), 1)
+
+
+def _rows(name: str, values: Any, num_parameters: int) -> Tensor:
+    """Return parameters as `(num, num_parameters)`, or say that they are not."""
+    rows = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+    if rows.ndim not in (1, 2) or rows.shape[-1] != num_parameters:
+        raise ValueError(
+            f"{name} must hold {num_parameters} parameters, in shape (num, "
+            f"{num_parameters}) or ({num_parameters},); got {tuple(rows.shape)}."
+        )
+    return torch.atleast_2d(rows)
+
+
+def _corner_kwargs(
+    place: str,
+    kind: Optional[str],
+    color: str,
+    line: str,
+    bins: int,
+    levels: List[float],
+    given: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the keywords of one posterior in one place of a corner plot.
+
+    Args:
+        place: One of "diag", "upper", "lower".
+        kind: How it is drawn there, as `pairplot` calls it.
+        color: Its colour.
+        line: Its line.
+        bins: Number of points in every direction of densities.
+        levels: Masses within contours.
+        given: The user's keywords.
+    """
+    kwargs: dict[str, Any] = {}
+    if kind in ("kde", "contour"):
+        kwargs["bins"] = bins
+    if kind == "contour":
+        kwargs["levels"] = levels
+        mpl_kwargs: dict[str, Any] = {"colors": [color], "linestyles": [line]}
+    elif kind in ("scatter", "bar"):
+        mpl_kwargs = {"color": color}
+    else:  # pictures off the diagonal have no colour
+        mpl_kwargs = {"color": color, "linestyle": line} if place == "diag" else {}
+    mpl_kwargs |= given.get("mpl_kwargs", {})
+    return {**kwargs, **given, "mpl_kwargs": mpl_kwargs}
 
 
 def _threshold(density: Tensor, mass: float) -> float:

@@ -281,10 +281,44 @@ def test_plot_densities_finds_its_limits(estimator, flow, prior):
     assert axes[0].get_xlabel() == r"$\theta_{3}$"
 
 
+def test_plot_densities_shows_points_and_the_whole_flow(estimator, flow, prior):
+    mean = flow.mean(X_O)[0].detach()
+    std = flow.covariance().diag().sqrt().detach()
+    # A proxy that is far narrower than the flow, and resampled from it.
+    with torch.no_grad():
+        estimator.proxy.net.root *= 3.0
+    posterior = RefinedPosterior(estimator, prior, 1.0)
+    assert posterior.sample((1000,), x=X_O).std(0)[0] < 0.5 * std[0]
+    point = mean - 9.0 * std
+    _, axes = plot_densities(posterior, X_O, points=point.double().numpy())
+    for dim, limits in ((0, axes[0].get_xlim()), (1, axes[0].get_ylim())):
+        assert limits[0] < point[dim]
+        assert mean[dim] + 2 * std[dim] < limits[1] < mean[dim] + 5 * std[dim]
+    # Shades are drawn as far as the point.
+    edges = axes[0].collections[0].get_coordinates()
+    assert edges[..., 0].min() < point[0] and edges[..., 1].min() < point[1]
+
+
+@pytest.mark.parametrize("condition", [np.zeros(3), [0, 0, 0], torch.zeros(1, 3)])
+def test_plot_densities_takes_any_condition(estimator, prior, condition):
+    limits = [[-2.0, 2.0]] * 3
+    posterior = RefinedPosterior(estimator, prior)
+    _, axes = plot_densities(posterior, X_O, limits, condition=condition)
+    _, same = plot_densities(posterior, X_O, limits, condition=torch.zeros(3))
+    assert np.array_equal(shades(axes[0]), shades(same[0]))
+
+
 def test_plot_densities_says_what_it_needs(estimator, prior):
     posterior = RefinedPosterior(estimator, prior)
-    with pytest.raises(ValueError, match="Two different parameters"):
-        plot_densities(posterior, X_O, dims=(0, 3))
+    for dims in ((0, 0), (0, -3), (0, 3), (-4, 0)):
+        with pytest.raises(ValueError, match="Two different parameters of 3"):
+            plot_densities(posterior, X_O, dims=dims)
+    # Six numbers are two points of three parameters only if they are given so.
+    for name, value in (("points", torch.zeros(3, 2)), ("condition", [0.0, 0.0])):
+        with pytest.raises(ValueError, match=f"{name} must hold 3 parameters"):
+            plot_densities(posterior, X_O, **{name: value})
+    with pytest.raises(ValueError, match="One condition is needed, got 2"):
+        plot_densities(posterior, X_O, condition=torch.zeros(2, 3))
     one = LinearGaussianFlow(torch.ones(1, 1), torch.zeros(1), torch.eye(1))
     net = QuadraticEnergy(torch.ones(1, 1), torch.zeros(1), torch.eye(1))
     line = MultivariateNormal(torch.zeros(1), torch.eye(1))
@@ -380,6 +414,68 @@ def test_plot_corner_adds_keywords_to_its_styles():
     assert pieces[1] > 3 * pieces[0]
 
 
+def curve_styles(lines):
+    return [(to_hex(line.get_color()), line.get_linestyle()) for line in lines]
+
+
+@pytest.mark.parametrize("place", ["diag", "upper"])
+def test_keywords_of_lines_leave_plot_corner_its_colours(place):
+    samples = {"a": torch.randn(200, 2), "b": torch.randn(200, 2) + 1}
+    widths = {"diag": {"linewidth": 3.0}, "upper": {"linewidths": 3.0}}[place]
+    fig, axes = plot_corner(samples, **{f"{place}_kwargs": {"mpl_kwargs": widths}})
+    legend = curve_styles(fig.legends[0].get_lines())
+    assert len(set(legend)) == 2
+    if place == "diag":
+        lines = axes[0, 0].lines[:2]
+        assert curve_styles(lines) == legend
+        assert {line.get_linewidth() for line in lines} == {3.0}
+    else:
+        for contours, (color, _) in zip(axes[0, 1].collections, legend, strict=True):
+            assert {to_hex(edge) for edge in contours.get_edgecolor()} == {color}
+            assert set(contours.get_linewidths()) == {3.0}
+
+
+@pytest.mark.parametrize("place", ["upper", "lower"])
+@pytest.mark.parametrize("kind", ["scatter", "hist", "kde", "contour"])
+def test_plot_corner_draws_all_that_pairplot_draws(place, kind):
+    samples = {"a": torch.randn(200, 2), "b": torch.randn(200, 2) + 1}
+    fig, axes = plot_corner(samples, **{place: kind})
+    ax = axes[0, 1] if place == "upper" else axes[1, 0]
+    if kind in ("hist", "kde"):
+        assert len(ax.images) == 2
+        return
+    colors = [color for color, _ in curve_styles(fig.legends[0].get_lines())]
+    for part, color in zip(ax.collections, colors, strict=True):
+        drawn = part.get_facecolor() if kind == "scatter" else part.get_edgecolor()
+        assert {to_hex(value) for value in drawn} == {color}
+
+
+def test_plot_corner_shows_points_beyond_the_samples():
+    samples = torch.randn(300, 2)
+    for points in (torch.tensor([[9.0, -9.0]]), [np.array([[9.0, -9.0]]), samples[:1]]):
+        _, axes = plot_corner({"a": samples}, points=points)
+        assert -5 < axes[0, 0].get_xlim()[0] < 9.0 < axes[0, 0].get_xlim()[1]
+        assert axes[1, 1].get_xlim()[0] < -9.0 and axes[1, 1].get_xlim()[1] < 5
+    with pytest.raises(ValueError, match="points must hold 2 parameters"):
+        plot_corner({"a": samples}, points=torch.zeros(1, 3))
+
+
+def test_plot_corner_takes_samples_as_pairplot_does():
+    samples = torch.randn(300, 2)
+    _, expected = plot_corner({"a": samples[1:]})
+    part = samples.clone()
+    part[0, 1] = torch.nan
+    _, axes = plot_corner({"a": part})
+    assert np.array_equal(
+        axes[0, 0].lines[0].get_ydata(), expected[0, 0].lines[0].get_ydata()
+    )
+    for other in (samples.half(), torch.randint(0, 9, (200, 2)), samples.double()):
+        plot_corner({"a": other})
+    for nothing in (samples[:0], torch.full((9, 2), torch.nan)):
+        with pytest.raises(ValueError, match="No finite samples of b"):
+            plot_corner({"a": samples, "b": nothing})
+
+
 def test_plot_corner_refuses_other_parameters():
     with pytest.raises(ValueError, match="same parameters"):
         plot_corner({"a": torch.randn(10, 2), "b": torch.randn(10, 3)})
@@ -441,6 +537,8 @@ def test_plot_calibration_of_coverage_alone():
     alpha = torch.linspace(0, 1, 11)
     _, axes = plot_calibration(coverage={"flow": (alpha, alpha)})
     assert len(axes) == 1 and not axes[0].collections  # no band without a number
+    _, same = plot_calibration(coverage={"flow": (alpha.numpy(), alpha.numpy())})
+    assert np.array_equal(same[0].lines[1].get_xydata(), axes[0].lines[1].get_xydata())
     _, axes = plot_calibration(coverage={"flow": (alpha, alpha)}, num_simulations=100)
     assert in_band(axes[0], axes[0].lines[1])
 
@@ -450,8 +548,12 @@ def test_plot_calibration_says_what_it_needs():
         plot_calibration()
     with pytest.raises(ValueError, match="the same for every posterior"):
         plot_calibration({"a": torch.ones(10, 2), "b": torch.ones(10, 3)})
-    with pytest.raises(ValueError, match="num_posterior_samples=100"):
-        plot_calibration({"a": torch.full((10, 1), 101)}, num_posterior_samples=100)
+    for wrong in (101, -1, torch.nan):
+        ranks = torch.full((10, 1), wrong)
+        with pytest.raises(ValueError, match="0 to num_posterior_samples=100; .* of a"):
+            plot_calibration({"a": ranks}, num_posterior_samples=100)
+    with pytest.raises(ValueError, match="between 0 and 1, got 95"):
+        plot_calibration({"a": torch.ones(9, 1)}, None, 100, confidence=95)
     # Of any number of samples ranks may be small.
     with pytest.raises(ValueError, match="need num_posterior_samples.*run_sbc was"):
         plot_calibration({"a": torch.ones(10, 1)})
@@ -526,6 +628,14 @@ def test_plot_c2st_draws_into_given_axes_with_given_styles():
 def test_plot_c2st_says_what_it_needs(nothing):
     with pytest.raises(ValueError, match="no C2ST of (NPE|any)"):
         plot_c2st(nothing)
+
+
+def test_plot_c2st_leaves_nothing_out():
+    _, ax = plot_c2st({"a": {1_000: [0.46, 0.44], 100: [0.47]}})
+    assert ax.get_ylim()[0] < 0.45
+    for num, values in ((100, [0.7, np.nan]), (0, [0.7])):
+        with pytest.raises(ValueError, match=rf"positive.*c2st\['a'\]\[{num}\]"):
+            plot_c2st({"a": {1_000: 0.6, num: values}})
 
 
 @pytest.mark.parametrize(
