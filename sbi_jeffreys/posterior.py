@@ -92,7 +92,8 @@ class RefinedPotential(BasePotential):
             ValueError: If there are several observations, not independent of each
                 other, and not as many as parameters.
         """
-        theta = ensure_theta_batched(torch.as_tensor(theta)).to(self.device)
+        theta = ensure_theta_batched(torch.atleast_1d(torch.as_tensor(theta)))
+        theta = theta.to(self.device)
         x = reshape_to_batch_event(self.x_o, self.estimator.condition_shape)
         prior = self.prior
         assert prior is not None
@@ -210,8 +211,8 @@ class RefinedPosterior(NeuralPosterior):
 
     Raises:
         TypeError: If `estimator` is not a `JeffreysEstimator`.
-        ValueError: If `exponent` is not in [0, 1], `oversampling_factor` below 1 or
-            `num_moves` below 0.
+        ValueError: If `exponent` is not in [0, 1], `oversampling_factor` no whole
+            number of at least 1, or `num_moves` below 0.
     """
 
     #: Below this share of the samples the weights are said to have collapsed.
@@ -241,9 +242,10 @@ class RefinedPosterior(NeuralPosterior):
         exponent = estimator.exponent if exponent is None else exponent
         if not 0 <= exponent <= 1:
             raise ValueError(f"exponent must be between 0 and 1, got {exponent}.")
-        if oversampling_factor < 1:
+        if oversampling_factor < 1 or oversampling_factor != int(oversampling_factor):
             raise ValueError(
-                f"oversampling_factor must be at least 1, got {oversampling_factor}."
+                "oversampling_factor must be a whole number of at least 1, got "
+                f"{oversampling_factor}."
             )
         if num_moves < 0:
             raise ValueError(f"num_moves must not be negative, got {num_moves}.")
@@ -257,14 +259,18 @@ class RefinedPosterior(NeuralPosterior):
         )
         self.posterior_estimator = estimator
         self.prior = prior
-        self.exponent = exponent
-        self.oversampling_factor = oversampling_factor
+        self.oversampling_factor = int(oversampling_factor)
         self.num_moves = num_moves
         self.max_sampling_batch_size = max_sampling_batch_size
         self._normalisation: Optional[Tuple[Tensor, int, Tensor]] = None
         self._purpose = (
             """It samples the flow and resamples with the proxy's weights."""
         )
+
+    @property
+    def exponent(self) -> float:
+        r"""Return the exponent $\beta$. For another, build another posterior."""
+        return self.potential_fn.exponent  # type: ignore[attr-defined]
 
     def to(self, device: Union[str, torch.device]) -> None:
         """Move estimator, prior and the default `x` to `device`.
@@ -290,6 +296,7 @@ class RefinedPosterior(NeuralPosterior):
         self,
         sample_shape: Shape = torch.Size(),
         x: Optional[Tensor] = None,
+        max_sampling_batch_size: Optional[int] = None,
         show_progress_bars: bool = True,
     ) -> Tensor:
         r"""Draw samples from the refined posterior.
@@ -297,6 +304,8 @@ class RefinedPosterior(NeuralPosterior):
         Args:
             sample_shape: Shape of the samples.
             x: Observation; the default `x` if not given.
+            max_sampling_batch_size: Number of samples of the flow drawn, or moved, at a
+                time; the posterior's own if not given.
             show_progress_bars: Ignored; there is no loop to show.
 
         Returns:
@@ -306,24 +315,35 @@ class RefinedPosterior(NeuralPosterior):
             ValueError: If `x` holds more than one observation.
         """
         x = self._single_x(x)
-        return self._resample(torch.Size(sample_shape), x).squeeze(-2)
+        batch_size = max_sampling_batch_size or self.max_sampling_batch_size
+        return self._resample(torch.Size(sample_shape), x, batch_size).squeeze(-2)
 
     def sample_batched(
-        self, sample_shape: Shape, x: Tensor, show_progress_bars: bool = True
+        self,
+        sample_shape: Shape,
+        x: Tensor,
+        max_sampling_batch_size: Optional[int] = None,
+        show_progress_bars: bool = True,
     ) -> Tensor:
         r"""Draw samples from the refined posterior of every observation.
 
         Args:
             sample_shape: Shape of the samples for every observation.
             x: Observations of shape `(batch_dim, *condition_shape)`.
+            max_sampling_batch_size: As in `sample`, of all observations together.
             show_progress_bars: Ignored; there is no loop to show.
 
         Returns:
             Samples of shape `(*sample_shape, batch_dim, *input_shape)`.
+
+        Raises:
+            RuntimeError: If the flow leaves the prior at an observation, with its
+                place among them.
         """
         shape = self.posterior_estimator.condition_shape
-        x = reshape_to_batch_event(process_x(x), shape)
-        return self._resample(torch.Size(sample_shape), x.to(self._device))
+        x = reshape_to_batch_event(process_x(x), shape).to(self._device)
+        batch_size = max_sampling_batch_size or self.max_sampling_batch_size
+        return self._resample(torch.Size(sample_shape), x, batch_size)
 
     def log_prob(
         self,
@@ -419,7 +439,8 @@ class RefinedPosterior(NeuralPosterior):
         """
         x = self._x_else_default_x(x)
         x = reshape_to_batch_event(x, self.posterior_estimator.condition_shape)
-        log_weights = self._propose(num_samples, x.to(self._device))[1]
+        batch_size = self.max_sampling_batch_size
+        log_weights = self._propose(num_samples, x.to(self._device), batch_size)[1]
         return from_log_weights(log_weights).effective_sample_size
 
     def _single_x(self, x: Optional[Tensor]) -> Tensor:
@@ -432,10 +453,12 @@ class RefinedPosterior(NeuralPosterior):
             )
         return x.to(self._device)
 
-    def _propose(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _propose(
+        self, num_samples: int, x: Tensor, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
         """Return samples of the flow and their tempered log weights, in batches."""
         estimator = self.posterior_estimator
-        batch = max(1, self.max_sampling_batch_size // len(x))
+        batch = max(1, batch_size // len(x))
         thetas, log_weights = [], []
         while num_samples > 0:
             num = min(batch, num_samples)
@@ -471,23 +494,25 @@ class RefinedPosterior(NeuralPosterior):
             left -= num
         return from_log_weights(torch.cat(log_weights))
 
-    def _resample(self, sample_shape: torch.Size, x: Tensor) -> Tensor:
+    def _resample(self, sample_shape: torch.Size, x: Tensor, batch_size: int) -> Tensor:
         num_samples = sample_shape.numel()
-        theta, log_weights, repeated = self._candidates(num_samples, x)
-        if torch.isneginf(log_weights).all(0).any():
+        theta, log_weights, repeated = self._candidates(num_samples, x, batch_size)
+        is_lost = torch.isneginf(log_weights).all(0)
+        if is_lost.any():
             raise RuntimeError(
-                "All samples of the flow lie outside the prior's support at this "
-                "observation: it is far from what was simulated. Check it against the "
+                "All samples of the flow lie outside the prior's support at "
+                f"{_which(is_lost)}: far from what was simulated. Check it against the "
                 "prior predictive distribution, or use sample_with='mcmc'."
             )
         ess = from_log_weights(log_weights).effective_sample_size
-        if (ess < self.min_relative_ess * len(theta)).any():
+        has_collapsed = ess < self.min_relative_ess * len(theta)
+        if has_collapsed.any():
             warnings.warn(
                 f"The importance weights have collapsed: {len(theta)} samples of the "
                 f"flow are worth {ess.min().item():.0f}. Flow and proxy disagree at "
-                "this observation. Simulate more, or check that the observation is "
-                "one that the simulator can produce; sample_with='direct' gives the "
-                "flow's samples without weights.",
+                f"{_which(has_collapsed)}. Simulate more, or check that the simulator "
+                "can produce what was observed; sample_with='direct' gives the flow's "
+                "samples without weights.",
                 stacklevel=3,
             )
         samples = _take(theta, systematic_resampling(log_weights, num_samples))
@@ -500,6 +525,7 @@ class RefinedPosterior(NeuralPosterior):
                 theta[:, uneven],
                 torch.isneginf(log_weights[:, uneven]),
                 math.ceil(self.num_moves * math.sqrt(repeated.max().item())),
+                batch_size,
             )
         return samples.reshape(*sample_shape, len(x), *theta.shape[2:])
 
@@ -510,6 +536,7 @@ class RefinedPosterior(NeuralPosterior):
         candidates: Tensor,
         is_outside: Tensor,
         num_moves: int,
+        batch_size: int,
     ) -> Tensor:
         """Return samples after Metropolis moves by differences of the flow's samples.
 
@@ -520,7 +547,7 @@ class RefinedPosterior(NeuralPosterior):
         inside = inside.masked_fill(is_outside, -torch.inf)
         num_pool = min(len(candidates), self.max_pool_size)
         pool = _take(candidates, systematic_resampling(inside, num_pool))
-        num_rows = max(1, self.max_sampling_batch_size // len(x))
+        num_rows = max(1, batch_size // len(x))
 
         def log_density(theta: Tensor) -> Tensor:
             parts = theta.split(num_rows)
@@ -528,7 +555,9 @@ class RefinedPosterior(NeuralPosterior):
 
         return metropolis_moves(log_density, samples, num_moves, pool)
 
-    def _candidates(self, num_samples: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _candidates(
+        self, num_samples: int, x: Tensor, batch_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return samples of the flow, their log weights and `repeated_share`.
 
         Twice as many are drawn until hardly any has to be taken twice, or the most
@@ -539,10 +568,10 @@ class RefinedPosterior(NeuralPosterior):
         # drawn by: few are drawn from as many, and moved as often, as some would be.
         num_samples = max(num_samples, self.min_num_samples)
         most = factor * max(num_samples, self.cheap_num_samples // len(x))
-        theta, log_weights = self._propose(num_samples * factor // 2, x)
+        theta, log_weights = self._propose(num_samples * factor // 2, x, batch_size)
         repeated = repeated_share(log_weights, num_samples)
         while len(theta) < most and (repeated > self.max_repeated).any():
-            more = self._propose(min(len(theta), most - len(theta)), x)
+            more = self._propose(min(len(theta), most - len(theta)), x, batch_size)
             theta = torch.cat((theta, more[0]))
             log_weights = torch.cat((log_weights, more[1]))
             repeated = repeated_share(log_weights, num_samples)
@@ -582,6 +611,15 @@ def repeated_share(log_weights: Tensor, num_samples: int) -> Tensor:
     taken = num_samples * torch.softmax(log_weights.double(), 0)
     share = (taken - 1).clamp_min(0).sum(0) / max(num_samples, 1)
     return share.nan_to_num(nan=1.0)
+
+
+def _which(chosen: Tensor) -> str:
+    """Name the chosen ones among observations."""
+    if len(chosen) == 1:
+        return "this observation"
+    places = chosen.nonzero().flatten().tolist()
+    shown = ", ".join(map(str, places[:10])) + (", ..." if len(places) > 10 else "")
+    return f"{len(places)} of {len(chosen)} observations (number {shown})"
 
 
 def _take(theta: Tensor, index: Tensor) -> Tensor:

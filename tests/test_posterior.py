@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from sbi_jeffreys import JeffreysEstimator, RefinedPosterior, energy_nn
+from sbi_jeffreys import posterior as posterior_module
 from sbi_jeffreys.moves import metropolis_moves
 from sbi_jeffreys.posterior import repeated_share, systematic_resampling
 from sbi_jeffreys.refinement import sample_with_log_ratio
@@ -468,6 +469,48 @@ def test_a_flow_beyond_the_prior_is_an_error():
         posterior.sample((10,), x=X[:1])
     with pytest.raises(RuntimeError, match="outside the prior's support"):
         posterior.sample_batched((10,), X)
+    # One bad observation among many can be found.
+    far = torch.zeros(5, *X.shape[1:])
+    far[3] = 1e3
+    posterior = RefinedPosterior(gaussian_estimator(), prior, 0.0)
+    with pytest.raises(RuntimeError, match=r"at 1 of 5 observations \(number 3\)"):
+        posterior.sample_batched((10,), far)
+
+
+def test_the_exponent_is_that_of_samples_and_densities():
+    posterior = RefinedPosterior(gaussian_estimator(), WIDE, 0.3)
+    assert posterior.exponent == posterior.potential_fn.exponent == 0.3
+    with pytest.raises(AttributeError):
+        posterior.exponent = 0.5
+
+
+def test_samples_in_batches_as_sbi_calls_them(monkeypatch):
+    posterior = RefinedPosterior(gaussian_estimator(), WIDE, 1.0)
+    sizes = []
+    draw = posterior_module.sample_with_log_ratio
+
+    def noted(flow, proxy, num_samples, x):
+        sizes.append(num_samples * len(x))
+        return draw(flow, proxy, num_samples, x)
+
+    monkeypatch.setattr(posterior_module, "sample_with_log_ratio", noted)
+    ensemble = EnsemblePosterior([posterior, posterior])
+    for call in (
+        lambda **given: posterior.sample((1000,), x=X[:1], **given),
+        lambda **given: posterior.sample_batched((1000,), X, **given),
+        lambda **given: ensemble.sample((1000,), x=X[:1], **given),
+    ):
+        sizes.clear()
+        assert call().shape[0] == 1000 and max(sizes) > 300
+        sizes.clear()
+        assert call(max_sampling_batch_size=300).shape[0] == 1000
+        assert max(sizes) <= 300 and sum(sizes) >= 2000
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.5, -2])
+def test_candidates_are_a_whole_multiple_of_the_samples(factor):
+    with pytest.raises(ValueError, match=f"whole number of at least 1, got {factor}"):
+        RefinedPosterior(gaussian_estimator(), WIDE, oversampling_factor=factor)
 
 
 def test_sbi_takes_it_for_a_posterior():
@@ -520,7 +563,7 @@ def test_it_moves():
         (
             lambda: RefinedPosterior(gaussian_estimator(), WIDE, oversampling_factor=0),
             ValueError,
-            "oversampling_factor must be at least 1, got 0",
+            "oversampling_factor must be a whole number of at least 1, got 0",
         ),
         (
             lambda: RefinedPosterior(gaussian_estimator(), WIDE, 1.0).sample((3,), x=X),
