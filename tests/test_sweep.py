@@ -153,7 +153,7 @@ def test_numbers_are_parsed():
         ("network_1000", 6 * 2 * 3 * 10),
         ("network_1000_10d", 4 * 2 * 3 * 10),
         ("single_round_1000", 10 * 11 * 3 * 10),
-        ("single_round_10000", 6 * 6 * 3 * 10),
+        ("single_round_10000", 6 * 7 * 10),
     ],
 )
 def test_sweeps_of_the_repository(name, rows):
