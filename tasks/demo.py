@@ -20,6 +20,7 @@ from sbi_jeffreys.metrics import c2st_many
 from sbi_jeffreys.plots import FLOW, plot_training
 from tasks import get_task
 from tasks.reference import ReferenceDataError
+from tasks.run import ctrl_c_ends
 from tasks.task import Task
 
 NUM_SIMULATIONS = 1_000
@@ -56,7 +57,8 @@ def main(folder: Path = Path("demo")) -> None:
             show_progress_bars=False,
         )
         start = time.perf_counter()
-        inference.append_simulations(theta, x).train()
+        with ctrl_c_ends():
+            inference.append_simulations(theta, x).train()
         seconds = time.perf_counter() - start
         print(f"\r{name}, trained {seconds:.0f} s")
         samples[name] = _score(inference.build_posterior(), observations)

@@ -1,6 +1,8 @@
 """The held-out losses of the ablation study."""
 
+import contextlib
 import math
+import signal
 
 import pandas as pd
 import pytest
@@ -102,6 +104,21 @@ def test_report_without_rows_is_said(study, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         study.main()
     assert "has no rows; run it without --report first" in capsys.readouterr().err
+
+
+def test_a_training_that_ctrl_c_cut_short_is_no_row(tmp_path):
+    path = tmp_path / "rows.csv"
+
+    def cut_short(seed):
+        # As JeffreysNPE, which takes Ctrl-C for the wish to end its training.
+        if seed == 2:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        return [{"seed": seed, "loss": 0.5}]
+
+    with pytest.raises(KeyboardInterrupt):
+        run_missing(path, [{"seed": seed} for seed in (1, 2, 3)], cut_short)
+    assert read_rows(path)["seed"].tolist() == [1]
 
 
 def test_studies_in_one_file_keep_each_others_rows(tmp_path, capsys):

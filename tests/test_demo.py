@@ -1,5 +1,8 @@
 """The demonstration runs, online and offline, and its plots show what they should."""
 
+import contextlib
+import signal
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -55,6 +58,23 @@ def test_offline_the_demo_says_so_and_takes_the_closed_form(
         image = plt.imread(tmp_path / "plots" / name)
         assert image.shape[0] > 100
         assert image.std() > 0.01  # not blank
+
+
+@pytest.mark.filterwarnings("ignore:Maximum number of epochs")
+def test_ctrl_c_ends_the_demo(short_demo, monkeypatch, tmp_path):
+    monkeypatch.setattr(TwoMoons, "reference_posterior_samples", _refuse)
+
+    class Interrupted(demo.JeffreysNPE):
+        def train(self, **kwargs):
+            # As a training that Ctrl-C ends.
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            return super().train(**kwargs)
+
+    monkeypatch.setattr(demo, "NPE", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main(tmp_path / "plots")
+    assert not (tmp_path / "plots").exists()
 
 
 def test_the_line_bounds_the_exact_posterior_and_every_posterior_has_its_panels():

@@ -13,6 +13,7 @@ import torch
 
 from tasks import TASKS
 from tasks.results import Row, write_whole
+from tasks.run import ctrl_c_ends
 
 
 def read_rows(path: Path) -> pd.DataFrame:
@@ -26,7 +27,7 @@ def run_missing(
     """Add the rows of all keys that the file does not have, and print them.
 
     Several processes may add to one file: each looks before a run, and again before it
-    writes, which is in the file by now.
+    writes, which is in the file by now. A run that Ctrl-C cut short adds nothing.
 
     Args:
         path: The file, which is written whole after every key.
@@ -36,7 +37,8 @@ def run_missing(
     for key in keys:
         if _has(read_rows(path), key):
             continue
-        new = pd.DataFrame(run(*key.values()))
+        with ctrl_c_ends():
+            new = pd.DataFrame(run(*key.values()))
         with _alone_in(path.parent):
             rows = read_rows(path)
             if _has(rows, key):
