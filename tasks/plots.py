@@ -191,8 +191,10 @@ def paired_differences(
     height = 1.6 + len(peers) * (0.35 + 0.06 * len(tasks))
     figure = Figure(figsize=(1.5 + 4.5 * len(budgets), height), layout="constrained")
     row = figure.subplots(1, len(budgets), squeeze=False, sharey=True)[0]
-    colors = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
-    styles = dict(zip(tasks, zip("osD^vP*Xhd", itertools.cycle(colors)), strict=False))
+    # Ten marks and seven colours: seventy tasks before a pair comes again.
+    colors = itertools.cycle((BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK))
+    marks = itertools.cycle("osD^vP*Xhd")
+    styles = dict(zip(tasks, zip(marks, colors, strict=False), strict=False))
     for axes, budget in zip(row, budgets, strict=True):
         axes.axvline(0.0, color="0.6", linewidth=1)
         for place, peer in enumerate(peers):

@@ -135,6 +135,36 @@ def _with_num_samples(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def _check_settings(rows: pd.DataFrame) -> None:
+    """Raise an InputError if a mean would be of rows with different settings.
+
+    Other numbers of samples are marked instead.
+    """
+    for (task, budget, method), group in rows.groupby(CELL, sort=False):
+        settings = [json.loads(text) for text in group["settings"].unique()]
+        for of_rows in settings:
+            del of_rows["num_samples"]
+        different = sorted({json.dumps(s, sort_keys=True) for s in settings})
+        if len(different) > 1:
+            raise InputError(
+                f"rows of {method} on {task} at {budget:,} simulations were made with "
+                f"different settings, such as {different[0]} and {different[1]}. Their "
+                "mean would be of neither: report them apart."
+            )
+
+
+def _train_table(rows: pd.DataFrame) -> str:
+    """Return the table of what `train` was given, empty if no method was given any."""
+    lines = []
+    for method in in_order(rows["method"].unique()):
+        of_method = rows.loc[rows["method"] == method, "settings"].unique()
+        given = sorted({json.dumps(json.loads(s).get("train", {})) for s in of_method})
+        lines.append([method, ", ".join(given)])
+    if all(given == "{}" for _, given in lines):
+        return ""
+    return markdown_table(["method", "arguments of train"], lines)
+
+
 def paired_differences(rows: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Return the difference of C2ST of the reference to each peer on the same seeds.
 
@@ -248,6 +278,7 @@ def write_report(
         One line that says what was written.
     """
     rows = load(*sources)
+    _check_settings(rows)
     if reference not in set(rows["method"]) and reference not in METHODS:
         raise InputError(
             f"unknown method {reference!r} to compare with. These results have: "
@@ -416,6 +447,7 @@ def _markdown(
         "geometric mean of the ratio of the training time to npe_nsf's, over the tasks "
         "and seeds that both have.",
         _costs_table(rows),
+        *(["## Arguments of train", table] if (table := _train_table(rows)) else []),
         "## Versions",
         "Commits of the clone that made the rows, with the number of rows.",
         _versions_table(rows),

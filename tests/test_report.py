@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tasks import TASKS
 from tasks.__main__ import main
 from tasks.errors import InputError
 from tasks.methods import METHODS
@@ -311,6 +312,50 @@ def test_report_shows_what_there_is(results, capsys):
     c2st = pd.read_csv(out / "c2st.csv")
     assert set(c2st["source"]) == {"measured", "lueckmann2021"}
     assert len(c2st) == 6 + 2 * 8
+
+
+def test_rows_of_different_settings_have_no_mean(tmp_path):
+    short = {"num_samples": 10_000, "train": {"max_num_epochs": 2}}
+    whole = {"num_samples": 10_000, "train": {}}
+    for seed, settings in ((1, short), (2, whole)):
+        cell = ("slcp", "npe_nsf", 1000, seed, 1, 0.7)
+        write_row(tmp_path / "mixed", row(*cell, settings=settings))
+    with pytest.raises(InputError, match="npe_nsf on slcp at 1,000 .*max_num_epochs"):
+        write_report([tmp_path / "mixed"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # Of different methods, or with other numbers of samples, they are told apart.
+    for method, settings in (("npe_nsf", short), ("jeffreys", whole)):
+        cell = ("slcp", method, 1000, 1, 1, 0.7)
+        write_row(tmp_path / "apart", row(*cell, settings=settings))
+    write_report([tmp_path / "apart"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert '| npe_nsf | {"max_num_epochs": 2} |' in text
+    assert "| jeffreys | {} |" in text
+
+
+def test_default_settings_have_no_table(results, tmp_path):
+    write_report([results], tmp_path / "out")
+    assert "Arguments of train" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_report_has_room_for_more_tasks(tmp_path):
+    names = [*TASKS, "one_of_my_own", "another"]
+    for task in names:
+        for method in ("jeffreys", "npe_nsf"):
+            write_row(tmp_path / "r", row(task, method, 1000, 1, 1, 0.7))
+    write_report([tmp_path / "r"], tmp_path / "out")
+    assert "one_of_my_own" in (tmp_path / "out" / "report.md").read_text()
+    rows = load(tmp_path / "r")
+    differences = paired_differences(rows, "jeffreys")
+    pairs = summarise_pairs(differences, expected_rows(rows))
+    figure = plot_paired_differences(differences, pairs, "jeffreys")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    looks = {
+        (mark.get_paths()[0].vertices.tobytes(), tuple(mark.get_facecolor()[0]))
+        for mark, label in zip(handles, labels, strict=True)
+        if label in names
+    }
+    assert len(looks) == len(names)
 
 
 def test_fewer_samples_than_published_are_marked(results, tmp_path):
