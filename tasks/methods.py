@@ -10,9 +10,10 @@ All arguments that are not given here are sbi's defaults.
 """
 
 import inspect
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from sbi.inference import FMPE, NLE, NPE, NPSE, NRE
@@ -90,11 +91,15 @@ class Fit:
         epochs: Number of epochs, summed over the rounds.
         validation_loss: The best validation loss (of the last round), in the units of
             the method's own loss.
+        share_of_simulations: The share of the problem's simulations that was used.
+        simulation_seconds: Time of the simulations that the training made itself.
     """
 
     posteriors: dict[str, Posterior | Exception]
     epochs: int
     validation_loss: float
+    share_of_simulations: float = 1.0
+    simulation_seconds: float = 0.0
 
 
 class Method(ABC):
@@ -284,12 +289,15 @@ class Sequential(SingleRound):
         trainer = self._trainer(problem)
         seed_all_backends(problem.seed)
         posterior = None
+        simulation_seconds = 0.0
         for round_, size in enumerate(sizes):
             if posterior is None:
                 theta, x = problem.theta[:size], problem.x[:size]
             else:
                 theta = draw(posterior, size)
+                start = time.perf_counter()
                 x = problem.task.simulator(theta)
+                simulation_seconds += time.perf_counter() - start
             if "proposal" in inspect.signature(trainer.append_simulations).parameters:
                 trainer.append_simulations(theta, x, proposal=posterior)
             else:
@@ -299,7 +307,11 @@ class Sequential(SingleRound):
                 arguments = self.posteriors[self._proposal]
                 posterior = trainer.build_posterior(**arguments)
                 posterior.set_default_x(problem.x_o)
-        return self._fit(trainer)
+        return replace(
+            self._fit(trainer),
+            share_of_simulations=sizes[0] / budget,
+            simulation_seconds=simulation_seconds,
+        )
 
 
 # sbi's vectorised slice sampler with sbi's defaults (200 warm-up steps, no thinning,

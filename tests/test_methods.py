@@ -190,6 +190,7 @@ def test_sequential_spends_the_budget_and_starts_from_the_shared_simulations(
     assert torch.equal(made._theta_roundwise[2], simulated[1])
     assert fit.epochs == sum(made.summary["epochs_trained"])
     assert len(made.summary["epochs_trained"]) == 3
+    assert fit.share_of_simulations == 0.34
     assert method.settings("s")["rounds"] == 3
 
 

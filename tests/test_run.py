@@ -5,6 +5,7 @@ import json
 import resource
 import signal
 import subprocess
+import time
 import warnings
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from sbi.utils.sbiutils import seed_all_backends
 from sbi_jeffreys import NoTracker, metrics
 from tasks import get_task
 from tasks.errors import InputError
-from tasks.methods import METHODS, Fit
+from tasks.methods import METHODS, Fit, Sequential
 from tasks.results import COLUMNS, METRICS, Key, key_of, load, read_rows, write_row
 from tasks.run import CHUNK, COMMIT, Unit, chunks, run_unit, seed_of, simulate
+from tasks.two_moons import TwoMoons
 
 
 def unit(method, *rows, **arguments) -> Unit:
@@ -182,6 +184,40 @@ def test_training_error_is_in_every_row(tmp_path):
         assert row["error_message"] == "no luck"
         assert "fake_method.py" in row["traceback"]
         assert all(pd.isna(row[metric]) for metric in METRICS)
+
+
+@pytest.mark.usefixtures("quick_scores")
+def test_simulations_of_rounds_are_no_training(tmp_path, monkeypatch):
+    pause, simulate = 0.2, TwoMoons.simulator
+
+    def slow(task, theta):
+        time.sleep(pause)
+        return simulate(task, theta)
+
+    monkeypatch.setattr(TwoMoons, "simulator", slow)
+    method = Sequential(NPE, {"s": {}}, rounds=4, density_estimator="mdn")
+    few = {"max_num_epochs": 1}
+    start = time.perf_counter()
+    (row,) = run_unit(unit(method, ("s", 1), budget=100, train=few))
+    whole = time.perf_counter() - start
+    assert row["status"] == "ok", row["traceback"]
+    # A quarter of the call that made all, and three of the training's own.
+    assert 3.25 * pause < row["simulation_seconds"] < 3.75 * pause
+    spent = sum(row[f"{part}_seconds"] for part in ("training", "sampling"))
+    assert 0 < spent < whole - 4 * pause
+
+
+@pytest.mark.usefixtures("quick_scores")
+def test_reading_the_observation_is_no_sampling(fake, monkeypatch):
+    read = TwoMoons.observation
+
+    def slow(task, number):
+        time.sleep(0.3)
+        return read(task, number)
+
+    monkeypatch.setattr(TwoMoons, "observation", slow)
+    (row,) = run_unit(unit(fake, ("fake", 1)))
+    assert row["sampling_seconds"] < 0.3
 
 
 @pytest.mark.usefixtures("quick_scores")
