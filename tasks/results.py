@@ -13,7 +13,7 @@ a sweep is what has no file.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -149,17 +149,41 @@ def read_rows(folder: Path) -> Iterator[Row]:
             row.setdefault("commit", "")
             if missing := [name for name in COLUMNS if name not in row]:
                 raise ValueError(f"it has no {', '.join(missing)}")
+            _check_values(row)
+            if key.path(folder) != path:
+                raise ValueError(f"it is of {key}, which does not belong there")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} is not a row of a result table ({error}). Remove the file "
                 "and run the sweep again; it will be made anew."
             ) from error
-        if key.path(folder) != path:
-            raise InputError(
-                f"{path} holds the row of {key}, which does not belong there. "
-                "Remove the file and run the sweep again."
-            )
         yield row
+
+
+def _check_values(row: Row) -> None:
+    """Raise a ValueError if a value of a row is not of its type, with its name."""
+    types: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("budget", "seed", "observation"), (int,)),
+        **dict.fromkeys((*METRICS, *COSTS), (int, float)),
+        "warnings": (list,),
+    }
+    for name, allowed in types.items():
+        # JSON has no subclasses, and true is no number.
+        if type(row[name]) not in allowed:
+            expected = " or ".join(kind.__name__ for kind in allowed)
+            raise ValueError(f"{name}: expected {expected}, got {row[name]!r}")
+    if not all(isinstance(text, str) for text in row["warnings"]):
+        raise ValueError(f"warnings: expected texts, got {row['warnings']}")
+    _check_settings(row["settings"])
+
+
+def _check_settings(settings: Any) -> None:
+    """Raise a ValueError unless these may be the settings of a row."""
+    if not isinstance(settings, dict) or type(settings.get("num_samples")) is not int:
+        raise ValueError(
+            "settings: expected a JSON object with a whole number num_samples, got "
+            f"{settings!r}"
+        )
 
 
 def load(*sources: Path | str) -> pd.DataFrame:
@@ -204,18 +228,13 @@ def _load_one(source: Path) -> pd.DataFrame:
             columns=pd.Index(COLUMNS),
         )
     elif source.is_file():
-        # A commit such as 863e46212345 is no number.
-        texts = dict.fromkeys(VERSIONS, str)
-        table = pd.read_csv(source, keep_default_na=True, dtype=texts)
-        # Rows made before there was the column do not say what made them.
-        table = table.assign(commit=table.get("commit", ""))
-        missing = set(COLUMNS) - set(table.columns)
-        if missing:
+        try:
+            table = _read_csv(source)
+        except ValueError as error:
             raise InputError(
-                f"{source} is not a result table: the columns {sorted(missing)} are "
-                "missing. Give a results folder or the results.csv of a report."
-            )
-        table = pd.DataFrame(table, columns=pd.Index(COLUMNS))
+                f"{source} is not a result table: {str(error).strip()}. Give a results "
+                "folder or the results.csv of a report."
+            ) from error
     else:
         raise FileNotFoundError(f"there is no results folder or CSV file {source}.")
     if table.empty:
@@ -228,6 +247,40 @@ def _load_one(source: Path) -> pd.DataFrame:
     for name in (*VERSIONS, "warnings", *ERRORS):
         table[name] = [text if isinstance(text, str) else "" for text in table[name]]
     return table
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Return the rows of a CSV file.
+
+    Raises:
+        ValueError: If it is not a result table, with the column that is to blame.
+    """
+    # All as texts: neither a commit such as 863e46212345 nor a KeyError of 3 is a
+    # number, and an error message of NA is not missing.
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    # Rows made before there was the column do not say what made them.
+    table = table.assign(commit=table.get("commit", ""))
+    if missing := set(COLUMNS) - set(table.columns):
+        raise ValueError(f"the columns {sorted(missing)} are missing")
+    for name in ("budget", "seed", "observation"):
+        table[name] = _numbers(table[name], int)
+    for name in (*METRICS, *COSTS):
+        table[name] = _numbers(table[name], float)
+    for text in table["settings"].unique():
+        try:
+            settings = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"settings: {text!r} is not JSON ({error})") from error
+        _check_settings(settings)
+    return pd.DataFrame(table, columns=pd.Index(COLUMNS))
+
+
+def _numbers(texts: pd.Series, kind: Callable[[str], float]) -> list[float]:
+    """Return the numbers of a column; what is empty is NaN."""
+    try:
+        return [kind(text or "nan") for text in texts]
+    except ValueError as error:
+        raise ValueError(f"{texts.name}: {error}") from error
 
 
 def settings_text(settings: dict[str, Any]) -> str:
