@@ -101,9 +101,18 @@ def test_refined_loss_is_the_flows_at_exponent_zero(estimator):
 def test_report_without_rows_is_said(study, tmp_path, monkeypatch, capsys):
     path = str(tmp_path / "rows.csv")
     monkeypatch.setattr("sys.argv", ["study", "--out", path, "--report"])
+    assert study.main() == 2
+    assert "has no rows; run it without --report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", ["0", "-5"])
+def test_simulations_that_are_none_are_said(budget, tmp_path, monkeypatch, capsys):
+    command = ["ablation", "--out", str(tmp_path / "rows.csv"), "--budget", budget]
+    monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit, match="2"):
-        study.main()
-    assert "has no rows; run it without --report first" in capsys.readouterr().err
+        ablation.main()
+    assert f"expected at least 1, got {budget}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_training_that_ctrl_c_cut_short_is_no_row(tmp_path):

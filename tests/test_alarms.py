@@ -1,5 +1,7 @@
 """The study of `check_fit`'s alarms: its observations, and its shares."""
 
+import re
+
 import pandas as pd
 import pytest
 import torch
@@ -54,9 +56,30 @@ def test_shares_are_means_over_the_seeds():
 def test_without_rows_there_is_no_report(tmp_path, monkeypatch, capsys):
     command = ["alarms", "--out", str(tmp_path / "rows.csv"), "--report"]
     monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(SystemExit):
-        run_trainings("Alarms.", (31,), alarms.run, alarms.report)
+    assert run_trainings("Alarms.", (31,), alarms.run, alarms.report) == 2
     assert "rows.csv has no rows; run it without --report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--report", "--tasks=slcp"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'tasks = ["slcp"]\nbudgets = [100]\n', "it has no column '(budget|task)'"),
+        (b"a = 1\nb = 2\nc = [1, 2]\n", "Error tokenizing data"),
+        (b"", "No columns"),
+        (b"\x89PNG\xff", "'utf-8' codec can't decode"),
+    ],
+)
+def test_a_file_that_is_no_table_of_alarms_is_said(
+    content, message, option, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "small.toml"
+    path.write_bytes(content)
+    monkeypatch.setattr("sys.argv", ["alarms", "--out", str(path), option])
+    assert run_trainings("Alarms.", (31,), alarms.run, alarms.report) == 2
+    error = capsys.readouterr().err
+    assert re.match(f"error: .*small.toml is no table of this study: {message}", error)
+    assert error.count("\n") == 1 and path.read_bytes() == content
 
 
 @pytest.mark.slow

@@ -21,10 +21,10 @@ can then only make a model look worse than it is.
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -48,7 +48,8 @@ from sbi_jeffreys.refinement import log_ratio, sample_with_log_ratio, temper
 from sbi_jeffreys.trainer import LEARNING_RATE
 from tasks import TASKS, get_task
 from tasks.report import markdown_table
-from tasks.studies.rows import print_report, run_missing
+from tasks.results import Row
+from tasks.studies.rows import positive, run_study
 
 NUM_FRESH = 500
 NUM_SAMPLES = 300
@@ -315,31 +316,30 @@ def _markdown(table: pd.DataFrame) -> str:
     return markdown_table(list(map(str, table.columns)), lines)
 
 
-def main() -> None:
-    """Run what is not in the file yet, or report what is."""
+def main() -> int:
+    """Run what is not in the file yet, or report what is.
+
+    Returns:
+        The exit status: 0; 2 for wrong input; 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(description="Ablations of JeffreysNPE.")
-    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument(
         "--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS)
     )
-    parser.add_argument("--budget", type=int, default=1000)
+    parser.add_argument("--budget", type=positive, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true", help="print the tables only")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.report:
-        print_report(arguments.out, report, parser)
-        return
-    budget = arguments.budget
-    keys = (
-        {"task": task, "variant": variant, "budget": budget, "seed": seed}
-        for seed in arguments.seeds
-        for task in arguments.tasks
-        for variant in arguments.variants
-    )
-    run_missing(arguments.out, keys, run)
+
+    def keys(options: argparse.Namespace) -> list[Row]:
+        return [
+            {"task": task, "variant": variant, "budget": options.budget, "seed": seed}
+            for seed in options.seeds
+            for task in options.tasks
+            for variant in options.variants
+        ]
+
+    return run_study(parser, keys, run, report)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,6 +20,7 @@ simulations that lie in the flow's 90 % credible regions.
 """
 
 import math
+import sys
 import warnings
 from collections import Counter
 from typing import Any
@@ -120,4 +121,4 @@ def _markdown(shares: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    run_trainings("How often check_fit objects.", (31, 32), run, report)
+    sys.exit(run_trainings("How often check_fit objects.", (31, 32), run, report))

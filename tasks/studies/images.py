@@ -11,7 +11,7 @@ that they give to the parameters of 1,000 others, in nats, as in
 
 import argparse
 import math
-from pathlib import Path
+import sys
 from typing import Any
 
 import pandas as pd
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from sbi_jeffreys import JeffreysNPE, NoTracker, energy_nn
 from tasks.report import markdown_table
+from tasks.results import Row
 from tasks.studies.ablation import held_out_losses
-from tasks.studies.rows import print_report, run_missing
+from tasks.studies.rows import run_study
 
 SIZE, NOISE, BLUR = 12, 0.5, 1.3
 NUM_IMAGES = 1_000
@@ -110,21 +111,22 @@ def report(rows: pd.DataFrame) -> str:
     return markdown_table(header, [*lines, ["mean ± sd of seeds", *means]])
 
 
-def main() -> None:
-    """Run what is not in the file yet, or report what is."""
+def main() -> int:
+    """Run what is not in the file yet, or report what is.
+
+    Returns:
+        The exit status: 0; 2 for wrong input; 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         description="NPE and JeffreysNPE with a shared embedding network."
     )
-    parser.add_argument("--out", type=Path, required=True, help="CSV file of the rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--report", action="store_true", help="print the table only")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    if arguments.report:
-        print_report(arguments.out, report, parser)
-        return
-    run_missing(arguments.out, ({"seed": seed} for seed in arguments.seeds), run)
+
+    def keys(options: argparse.Namespace) -> list[Row]:
+        return [{"seed": seed} for seed in options.seeds]
+
+    return run_study(parser, keys, run, report)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

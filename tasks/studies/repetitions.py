@@ -19,6 +19,7 @@ How few samples fare is not measured here, but by tests, where the posterior is 
 """
 
 import math
+import sys
 import time
 import warnings
 from typing import Any
@@ -138,4 +139,4 @@ def report(rows: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    run_trainings("What repeated samples cost.", (31,), run, report)
+    sys.exit(run_trainings("What repeated samples cost.", (31,), run, report))
