@@ -129,8 +129,9 @@ def _density(options: argparse.Namespace) -> int:
 
     from tasks.density.studies import STUDIES, execute, planned_runs
     from tasks.density.table import run_all
-    from tasks.sweep import parse_numbers
+    from tasks.sweep import check_threads, parse_numbers
 
+    check_threads(options.threads)
     torch.set_num_threads(options.threads)
     seeds = parse_numbers("seeds", options.seeds)
     runs = planned_runs(
@@ -148,8 +149,9 @@ def _images(options: argparse.Namespace) -> int:
 
     from tasks.density.images import ImageStudy, execute
     from tasks.density.table import run_all
-    from tasks.sweep import parse_numbers
+    from tasks.sweep import check_threads, parse_numbers
 
+    check_threads(options.threads)
     torch.set_num_threads(options.threads)
     study = ImageStudy(options.folder, options.size, options.latent, options.epochs)
     runs = study.runs(parse_numbers("seeds", options.seeds))
@@ -157,9 +159,14 @@ def _images(options: argparse.Namespace) -> int:
     return _tell(options, *made)
 
 
-def _tell(options: argparse.Namespace, num_made: int, num_failed: int) -> int:
+def _tell(
+    options: argparse.Namespace, num_made: int, num_found: int, num_failed: int
+) -> int:
     """Say what became of the rows of a density study, and plot them."""
-    print(f"{options.results}: {num_made} rows added, {num_failed} of them failed.")
+    print(
+        f"{options.results}: {num_made} rows added, {num_found} were there, "
+        f"{num_failed} of them failed."
+    )
     if options.report is not None:
         from tasks.density.report import write_report
 

@@ -205,7 +205,7 @@ def test_equals_are_seldom_called_worse():
     assert (verdicts == "worse").sum() <= 6 and (verdicts == "better").sum() <= 6
 
 
-def test_errors_are_recorded_and_the_study_goes_on(monkeypatch, tmp_path):
+def test_errors_are_recorded_and_the_study_goes_on(monkeypatch, tmp_path, capsys):
     no_training = Known(ValueError("no | convergence"), lost=Posterior(1))
     half = Known(good=Posterior(1), bad=Posterior(1, RuntimeError("no sample")))
     unbuilt = Known(unbuilt=TypeError("cannot be built"))
@@ -225,12 +225,31 @@ def test_errors_are_recorded_and_the_study_goes_on(monkeypatch, tmp_path):
     assert "in fit" in rows["lost"]["traceback"]
     text = (out / "report.md").read_text()
     assert r"| ValueError: no \| convergence |" in text and "| bad | 0/1 | –" in text
-    # Failed rows are left alone, unless asked for.
-    assert study(tmp_path, methods=names) == 0 and len(half.problems) == 1
+    # Failed rows are left alone, and counted, unless asked for.
+    capsys.readouterr()
+    assert study(tmp_path, methods=names) == 1 and len(half.problems) == 1
+    out = capsys.readouterr().out
+    assert "0 rows added, 4 were there, 3 of them failed." in out
+    assert "`--retry-failed` runs failed rows again." in out
+    assert study(tmp_path, methods="good") == 0
     no_training.error = None
     assert study(tmp_path, "--retry-failed", methods=names) == 1
     assert read_rows(tmp_path / "rows")[Key(TASK, "lost", 20, 1)]["status"] == "ok"
     assert [len(m.problems) for m in (no_training, half, unbuilt)] == [2, 2, 2]
+
+
+def test_rows_that_are_retried_may_have_had_other_settings(monkeypatch, tmp_path):
+    method = Known(ValueError("no"), one=Posterior(1), two=Posterior(1))
+    for name in method.names:
+        monkeypatch.setitem(METHODS, name, method)
+    assert study(tmp_path, "--fresh", "100", methods="one") == 1
+    method.error = None
+    assert study(tmp_path, methods="one two") == 2
+    assert study(tmp_path, "--retry-failed", methods="one two") == 0
+    rows = read_rows(tmp_path / "rows").values()
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    # Those that have not failed may not.
+    assert study(tmp_path, "--retry-failed", "--fresh", "100", methods="one") == 2
 
 
 def test_all_failed_makes_a_report_nevertheless(monkeypatch, tmp_path):
@@ -266,6 +285,8 @@ def test_ctrl_c_leaves_whole_rows(known, tmp_path, capsys, monkeypatch):
         (["--methods", "no_method"], "unknown method 'no_method'"),
         (["--methods", "snpe"], "snpe is trained for one observation"),
         (["--seeds", "x"], "seeds: expected numbers"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--tasks", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["--against", "right", "--report", "/dev/null/x"], "ot a directory"),
     ],
 )

@@ -1,7 +1,9 @@
 """The density studies: data, baselines, metrics and tables against closed forms."""
 
+import contextlib
 import json
 import math
+import signal
 import tracemalloc
 from pathlib import Path
 
@@ -303,16 +305,18 @@ def test_a_resumed_study_runs_only_what_is_missing(tmp_path):
             raise ValueError("no good")
         return {"nll_best": run.seed / 2, "curve": "{}"}
 
-    assert run_all(runs[:1], execute_one, tmp_path) == (1, 0)
-    assert run_all(runs, execute_one, tmp_path) == (3, 2)
+    assert run_all(runs[:1], execute_one, tmp_path) == (1, 0, 0)
+    assert run_all(runs, execute_one, tmp_path) == (3, 1, 2)
     assert calls == [runs[0], *runs[1:]]
     table = read_table(tmp_path)
     assert list(table["status"]) == ["ok", "ok", "failed", "failed"]
     assert "ValueError: no good" in table["error"].iloc[-1]
     assert list(table["nll_best"][:2]) == [0.5, 1.0]
-    # Failed rows stay until they are asked for.
-    assert run_all(runs, execute_one, tmp_path) == (0, 0)
-    assert run_all(runs, execute_one, tmp_path, retry_failed=True) == (2, 0)
+    # Failed rows stay, and count, until they are asked for.
+    assert run_all(runs, execute_one, tmp_path) == (0, 4, 2)
+    assert run_all(runs[:2], execute_one, tmp_path) == (0, 2, 0)
+    twice = [*runs, *runs]
+    assert run_all(twice, execute_one, tmp_path, retry_failed=True) == (2, 2, 0)
     assert len(calls) == 6 and calls[4:] == runs[2:]
     assert (read_table(tmp_path)["status"] == "ok").all()
 
@@ -322,6 +326,20 @@ def test_ctrl_c_leaves_the_finished_rows(tmp_path):
         if run.seed == 2:
             raise KeyboardInterrupt
         return {}
+
+    runs = [Run("s", "d", "m", "", seed) for seed in (1, 2, 3)]
+    with pytest.raises(KeyboardInterrupt):
+        run_all(runs, execute_one, tmp_path)
+    assert list(read_table(tmp_path)["seed"]) == [1]
+
+
+def test_a_training_that_ctrl_c_cut_short_is_no_row(tmp_path):
+    def execute_one(run, folder):
+        # As JeffreysNPE, which takes Ctrl-C for the wish to end its training.
+        if run.seed == 2:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        return {"nll_best": 0.5}
 
     runs = [Run("s", "d", "m", "", seed) for seed in (1, 2, 3)]
     with pytest.raises(KeyboardInterrupt):
@@ -363,9 +381,10 @@ def test_command_line_makes_rows_and_report_and_resumes(tmp_path, monkeypatch, c
     results, out = str(tmp_path / "results"), str(tmp_path / "docs")
     command = ["density", "--seeds", "1-2", "--results", results, "--report", out]
     assert main(command) == 0
-    assert "6 rows added, 0 of them failed" in capsys.readouterr().out
+    told = "6 rows added, 0 were there, 0 of them failed."
+    assert told in capsys.readouterr().out
     assert main(command) == 0
-    assert "0 rows added" in capsys.readouterr().out
+    assert "0 rows added, 6 were there" in capsys.readouterr().out
     table = read_table(tmp_path / "results")
     assert len(table) == 6 and (table["status"] == "ok").all()
     assert json.loads(table["curve"].iloc[0])["epoch"] == [10]
@@ -379,6 +398,31 @@ def test_command_line_makes_rows_and_report_and_resumes(tmp_path, monkeypatch, c
     assert planar == "Not measured yet.\n"
     assert (tmp_path / "docs" / "figures" / "stability.png").stat().st_size > 1000
     assert main(["density", "--studies", "faces", "--results", results]) == 2
+
+
+def test_failed_rows_of_an_earlier_call_are_told(tmp_path, monkeypatch, capsys):
+    def no_fit(*arguments, **keywords):
+        raise ValueError("no good")
+
+    small = Study(("two_moons",), (("nf", ""),), FEW, SMALL, num_training=60)
+    monkeypatch.setattr(studies, "STUDIES", {"small": small})
+    monkeypatch.setattr(studies, "fit", no_fit)
+    command = ["density", "--seeds", "1", "--results", str(tmp_path)]
+    for told in ("1 rows added, 0 were there", "0 rows added, 1 were there"):
+        assert main(command) == 1
+        out = capsys.readouterr().out
+        assert f"{told}, 1 of them failed." in out and "`--retry-failed`" in out
+
+
+@pytest.mark.parametrize(
+    "command", [["density", "--studies"], ["images", "--seeds", "1"]]
+)
+def test_threads_that_torch_cannot_have_are_said(command, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert main([*command, "--threads", "0", "--results", str(results)]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: --threads must be at least 1, got 0.\n"
+    assert not results.exists()
 
 
 @pytest.mark.parametrize("dual_nll, verdict", [(1.0, "holds"), (3.5, "does not hold")])

@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from tasks.results import write_whole
+from tasks.run import ctrl_c_ends
 
 
 class Run(NamedTuple):
@@ -71,8 +72,10 @@ def run_all(
     execute: Callable[[Run, Path], dict[str, Any]],
     folder: Path,
     retry_failed: bool = False,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Make the rows that are not there yet.
+
+    A run that Ctrl-C cut short leaves no row.
 
     Args:
         runs: The rows, in the order in which they are made.
@@ -82,29 +85,30 @@ def run_all(
         retry_failed: Whether to make failed rows again.
 
     Returns:
-        Number of rows made, and how many of them failed.
+        Number of rows made, of rows that were there, and how many of both failed.
     """
     folder = Path(folder)
     table = read_table(folder)
     rows = {_key(row): row for row in table.to_dict("records")}
+    runs = list(dict.fromkeys(runs))
     missing = [
         run
         for run in runs
         if run not in rows or (retry_failed and rows[run]["status"] == "failed")
     ]
-    num_failed = 0
     for run in (progress := tqdm(missing, unit="run", mininterval=10)):
         progress.set_postfix_str(" ".join(map(str, run)))
         row = dict.fromkeys(COLUMNS) | run._asdict() | {"status": "ok"}
         try:
-            row |= execute(run, folder)
+            with ctrl_c_ends():
+                row |= execute(run, folder)
         except Exception as error:  # one run must not cost the others
             row |= {"status": "failed", "error": _text(error)}
-            num_failed += 1
         row["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         rows[run] = row
         write_table(folder, rows.values())
-    return len(missing), num_failed
+    num_failed = sum(rows[run]["status"] == "failed" for run in runs)
+    return len(missing), len(runs) - len(missing), num_failed
 
 
 def write_table(folder: Path, rows: Iterable[Any]) -> None:

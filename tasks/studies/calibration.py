@@ -48,7 +48,7 @@ from tasks.methods import METHODS, Method, Problem, get_method
 from tasks.report import markdown_table
 from tasks.results import settings_text, write_whole
 from tasks.run import ctrl_c_ends, seed_of, simulate
-from tasks.sweep import parse_numbers
+from tasks.sweep import check_threads, parse_numbers
 
 Row = dict[str, Any]
 
@@ -224,7 +224,7 @@ def _place(key: Key) -> tuple[int, ...]:
 
 def run_study(
     folder: Path, units: Iterable[Unit], retry_failed: bool = False
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     """Make the rows that are not in the folder yet.
 
     Args:
@@ -233,39 +233,41 @@ def run_study(
         retry_failed: Whether to make failed rows again.
 
     Returns:
-        Number of rows made, and how many of them failed.
+        Number of rows made, of rows that were there, and how many of both failed.
 
     Raises:
         InputError: If the folder holds a row of these made with other settings.
     """
     there = read_rows(folder)
+    if retry_failed:
+        # As if they were not there, whatever they were made with.
+        there = {key: row for key, row in there.items() if row["status"] != "failed"}
     missing = []
+    num_found = num_failed = 0
     for unit in units:
-        names = tuple(
-            key.method
-            for key in unit.keys
-            if key not in there or (retry_failed and there[key]["status"] == "failed")
-        )
         for key in unit.keys:
-            new = unit.settings(key.method)
-            if key in there and settings_text(there[key]["settings"]) != settings_text(
-                new
-            ):
+            if key not in there:
+                continue
+            old, new = there[key]["settings"], unit.settings(key.method)
+            if settings_text(old) != settings_text(new):
                 raise InputError(
-                    f"{folder} holds the row of {key} with other settings: "
-                    f"{there[key]['settings']} instead of {new}. Name another folder "
-                    "with --results, or give the same options."
+                    f"{folder} holds the row of {key} with other settings: {old} "
+                    f"instead of {new}. Name another folder with --results, or give "
+                    "the same options; --retry-failed makes failed rows again."
                 )
+            num_found += 1
+            num_failed += there[key]["status"] == "failed"
+        names = tuple(key.method for key in unit.keys if key not in there)
         if names:
             missing.append(replace(unit, names=names))
-    num_made = num_failed = 0
+    num_made = 0
     for unit in (bar := tqdm(missing, unit="training", mininterval=10)):
         bar.set_postfix_str(f"{unit.task} {' '.join(unit.names)} {unit.seed}")
         for key, row in zip(unit.keys, run_unit(unit), strict=True):
             write_whole(key.path(folder), json.dumps(row) + "\n")
             num_made += 1
             num_failed += row["status"] == "failed"
-    return num_made, num_failed
+    return num_made, num_found, num_failed
 
 
 def planned_units(
@@ -609,6 +611,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     """Make the rows that are missing, and the report if one is wanted."""
+    check_threads(options.threads)
     torch.set_num_threads(options.threads)
     units = planned_units(
         options.tasks,
@@ -618,10 +621,15 @@ def _run(options: argparse.Namespace) -> int:
         options.fresh,
         options.num_samples,
     )
-    made, failed = run_study(options.results, units, options.retry_failed)
-    print(f"{options.results}: {made} rows added, {failed} of them failed.")
+    made, found, failed = run_study(options.results, units, options.retry_failed)
+    print(
+        f"{options.results}: {made} rows added, {found} were there, {failed} of them "
+        "failed."
+    )
     if options.report is not None:
         print(write_report(options.results, options.report, options.against))
+    if failed:
+        print("`--retry-failed` runs failed rows again.")
     return 1 if failed else 0
 
 
