@@ -34,6 +34,11 @@ else:
 
 NUM_OBSERVATIONS = 10
 NUM_REFERENCE_SAMPLES = 10_000
+# Numbers of samples that metrics need: the five folds of C2ST have two each, at least.
+_LEAST_SAMPLES = {
+    **dict.fromkeys(("c2st", "marginal_c2st_mean", "marginal_c2st_max"), 5),
+    **dict.fromkeys(("mmd", "sliced_wasserstein"), 2),
+}
 _MAX_NUMBERS = 100_000
 
 
@@ -47,7 +52,8 @@ class Sweep:
         budgets: Numbers of simulations.
         seeds: Seeds; each has its own simulations and training.
         observations: Numbers of observations, from 1 to 10.
-        num_samples: Number of samples of each posterior, at most 10,000.
+        num_samples: Number of samples of each posterior, at most 10,000, and at
+            least 5 if a C2ST is scored.
         train: Arguments of `train` of every method.
         metrics: Names of the metrics to score.
 
@@ -78,13 +84,14 @@ class Sweep:
         _check_numbers("budgets", self.budgets, 1)
         _check_numbers("seeds", self.seeds, 0)
         _check_numbers("observations", self.observations, 1, NUM_OBSERVATIONS)
-        _check_numbers("num_samples", (self.num_samples,), 1, NUM_REFERENCE_SAMPLES)
         _check_list("metrics", self.metrics)
         for metric in self.metrics:
             if metric not in METRICS:
                 raise InputError(
                     f"unknown metric {metric!r}. Known metrics: {', '.join(METRICS)}."
                 )
+        least = max(_LEAST_SAMPLES.get(metric, 1) for metric in self.metrics)
+        _check_numbers("num_samples", (self.num_samples,), least, NUM_REFERENCE_SAMPLES)
         if not isinstance(self.train, Mapping):
             raise InputError(f"train: expected a table, got {self.train!r}.")
         try:
@@ -246,8 +253,7 @@ def run_sweep(
             or there is no such device.
         OSError: If the folder cannot be written into.
     """
-    if threads < 1:
-        raise InputError(f"--threads must be at least 1, got {threads}.")
+    check_threads(threads)
     if dask is None:  # whose workers may have devices that this machine has not
         _check_device(scoring_device)
     # Before a training is lost to it.
@@ -313,12 +319,21 @@ def parse_numbers(name: str, text: str) -> tuple[int, ...]:
                 f"{name}: expected numbers such as 4, 1-10 or 1-3,7, got {text!r}."
             )
         span = range(int(first), int(last or first) + 1)
+        if not span:
+            raise InputError(
+                f"{name}: {part.strip()!r} is an empty range; expected its smaller "
+                f"number first, such as {last}-{first}."
+            )
         if len(span) > _MAX_NUMBERS:
             raise InputError(f"{name}: {text!r} is more than {_MAX_NUMBERS} numbers.")
         numbers += span
-    if not numbers:
-        raise InputError(f"{name}: {text!r} is an empty range.")
     return tuple(dict.fromkeys(numbers))
+
+
+def check_threads(threads: int) -> None:
+    """Raise an InputError unless torch can compute with so many threads."""
+    if threads < 1:
+        raise InputError(f"--threads must be at least 1, got {threads}.")
 
 
 def _count_unscored(rows: list[Row], metrics: Iterable[str]) -> dict[str, int]:

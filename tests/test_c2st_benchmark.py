@@ -2,6 +2,8 @@
 
 import csv
 
+import pytest
+
 from tasks.benchmarks import c2st
 
 
@@ -29,3 +31,26 @@ def test_differences_and_ratios_are_those_of_the_rows(tmp_path):
     assert "| b, same | 10 | 100 | 0.6 | 0.61 | 0.6 | 0.61 | 3.0 | 1.0 |" in text
     assert "b, other" not in text and "c, other" not in text
     assert len(path.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "--out", "nothere.csv"], "nothere.csv has no rows; run `accuracy`"),
+        (["report", "--out", "empty.csv"], "empty.csv has no rows"),
+        (["report", "--out", "other.csv"], "other.csv is no table of pairs, whose "),
+        (["report", "--out", "plot.png"], "plot.png is not a CSV file: "),
+        (["accuracy", "--out", "other.csv"], "other.csv is no table of pairs"),
+        (["speed", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["speed", "--pairs", "0"], "--pairs must be at least 1, got 0"),
+    ],
+)
+def test_wrong_input_is_said(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.csv").write_text("task,seed\nslcp,1\n")
+    (tmp_path / "empty.csv").write_text(",".join(c2st.COLUMNS) + "\n")
+    (tmp_path / "plot.png").write_bytes(b"\x89PNG\xff")
+    assert c2st.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1
+    assert (tmp_path / "other.csv").read_text() == "task,seed\nslcp,1\n"

@@ -377,8 +377,31 @@ def test_only_whole_rows_are_read(fake, tmp_path):
     path.write_text(json.dumps({k: v for k, v in row.items() if k != "commit"}))
     assert load(tmp_path / "results")["commit"].tolist() == [""]
     path.write_text(json.dumps({**row, "seed": 2}))
-    with pytest.raises(InputError, match="does not belong there"):
+    with pytest.raises(InputError, match=f"{path} .*seed=2.* does not belong there"):
         load(tmp_path / "results")
+    path.write_text("[1]")
+    with pytest.raises(InputError, match=f"{path} is not a row"):
+        load(tmp_path / "results")
+    # Whole JSON, but what is read later would be another row, or none.
+    for name, value in (
+        ("budget", 50.0),
+        ("seed", "1"),
+        ("observation", "1"),
+        ("observation", 1.0),
+        ("observation", True),
+        ("task", 3),
+        ("c2st", "abc"),
+        ("epochs", None),
+        ("settings", None),
+        ("settings", {}),
+        ("settings", {"num_samples": "40"}),
+        ("warnings", "text"),
+        ("warnings", [1]),
+    ):
+        path.write_text(json.dumps({**row, name: value}))
+        for read in (load, lambda folder: list(read_rows(folder))):
+            with pytest.raises(InputError, match=f"{path} is not a row"):
+                read(tmp_path / "results")
 
 
 def test_failed_write_leaves_the_old_row(fake, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from tasks import TASKS, get_task
 from tasks.__main__ import main
 from tasks.errors import InputError
 from tasks.methods import METHODS
-from tasks.results import Key, key_of, load, read_rows
+from tasks.results import METRICS, Key, key_of, load, read_rows
 from tasks.run import Chunk, chunks, simulate
 from tasks.scale import WorkerDied, executor
 from tasks.sweep import Sweep, parse_numbers, run_sweep
@@ -109,6 +109,12 @@ def test_sweep_file_is_read(tmp_path):
         ("budgets = [1000]", "", "the key budgets is missing"),
         ("budgets = [1000]", "budgets = [1000", "not a TOML file.*line 5"),
         ("observations", "num_samples = 20000\nobservations", "num_samples: .*10000"),
+        ("observations", "num_samples = 4\nobservations", "num_samples: .*from 5 to"),
+        (
+            "observations",
+            "num_samples = 1\nmetrics = ['mmd']\nobservations",
+            "num_samples: .*from 2 to 10000, got 1",
+        ),
         ("observations", "train = 3\nobservations", "train: expected a table"),
         ("observations", "metrics = ['c3st']\nobservations", "unknown metric 'c3st'"),
         ("observations", "train.epochs = 3\nobservations", "epochs of NPE_C.train"),
@@ -136,7 +142,7 @@ def test_missing_sweep_file_is_said(tmp_path):
 def test_numbers_are_parsed():
     assert parse_numbers("seeds", "4") == (4,)
     assert parse_numbers("seeds", "1-3, 7,2") == (1, 2, 3, 7)
-    for bad in ("", "1-", "-3", "3-1", "1--2", "a", "1.5", "1-999999999"):
+    for bad in ("", "1-", "-3", "3-1", "1,3-2", "1--2", "a", "1.5", "1-999999999"):
         with pytest.raises(InputError, match="seeds"):
             parse_numbers("seeds", bad)
 
@@ -226,6 +232,18 @@ def test_methods_of_one_sweep_have_the_same_simulations(fake, tmp_path, monkeypa
         for method in (one, two)
     ]
     assert sums[0] == sums[1] and len(set(sums[0])) == 3
+
+
+def test_the_least_number_of_samples_can_be_scored(tmp_path, monkeypatch):
+    need_published_data()
+    add(monkeypatch, FakeMethod(tmp_path / "trainings"))
+    grid = {**GRID, "seeds": (1,), "observations": (1,)}
+    few = {5: METRICS, 2: ("mmd", "sliced_wasserstein"), 1: METRICS[-1:]}
+    for num_samples, metrics in few.items():
+        sweep = Sweep(**{**grid, "num_samples": num_samples, "metrics": metrics})
+        assert make(tmp_path / f"{num_samples}", sweep).failed == 0
+        with pytest.raises(InputError, match="num_samples: expected whole numbers"):
+            replace(sweep, num_samples=num_samples - 1)
 
 
 def test_rows_of_other_settings_are_not_taken_for_done(fake, tmp_path):

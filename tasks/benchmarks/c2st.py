@@ -16,6 +16,7 @@ import argparse
 import csv
 import io
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +30,11 @@ from torch import Tensor
 
 from sbi_jeffreys.metrics import c2st, c2st_many
 from tasks import get_task
+from tasks.command import exit_status
+from tasks.errors import InputError
 from tasks.report import markdown_table
 from tasks.results import write_whole
+from tasks.sweep import check_threads
 
 TASKS = (
     "two_moons",
@@ -146,12 +150,24 @@ def _read(path: Path) -> list[dict[str, str]]:
 
     Tables were once appended to: after a kill a line may lack columns, or hold those
     of the next row, too.
+
+    Raises:
+        InputError: If it is another table, or none.
     """
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        # Where a row is longer than the header the surplus has the name None.
-        rows = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        try:
+            # Where a row is longer than the header the surplus has the name None.
+            rows = list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not a CSV file: {error}.") from error
+    if tuple(reader.fieldnames or ()) != COLUMNS:
+        raise InputError(
+            f"{path} is no table of pairs, whose columns are {', '.join(COLUMNS)}. "
+            "Name one that `accuracy` has written, or a new file."
+        )
     return [row for row in rows if set(row) == set(COLUMNS) and all(row.values())]
 
 
@@ -221,8 +237,15 @@ def speed(threads: int, num_pairs: int) -> None:
             )
 
 
-def main() -> None:
-    """Run a study from the command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run a study from the command line.
+
+    Args:
+        arguments: The arguments; those of the process if None.
+
+    Returns:
+        The exit status: 0; 2 for wrong input; 130 after Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -234,14 +257,26 @@ def main() -> None:
     study = studies.add_parser("speed", help="seconds in 2, 5 and 10 dimensions")
     study.add_argument("--threads", type=int, default=torch.get_num_threads())
     study.add_argument("--pairs", type=int, default=10, help="pairs for c2st_many")
-    arguments = parser.parse_args()
-    if arguments.study == "accuracy":
-        accuracy(arguments.out)
-    elif arguments.study == "report":
-        print(report(_read(arguments.out)))
+    return exit_status(_run, parser.parse_args(arguments))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.study == "accuracy":
+        accuracy(options.out)
+    elif options.study == "report":
+        rows = _read(options.out)
+        if not rows:
+            raise InputError(
+                f"{options.out} has no rows; run `accuracy` with this --out first."
+            )
+        print(report(rows))
     else:
-        speed(arguments.threads, arguments.pairs)
+        check_threads(options.threads)
+        if options.pairs < 1:
+            raise InputError(f"--pairs must be at least 1, got {options.pairs}.")
+        speed(options.threads, options.pairs)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
