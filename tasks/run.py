@@ -454,8 +454,9 @@ def ctrl_c_ends() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if interrupted:
-        raise KeyboardInterrupt
+        # In the place of an error, too: of a training cut short it says nothing.
+        if interrupted:
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -286,7 +286,8 @@ def test_posterior_that_was_not_built_fails_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_scores")
-def test_ctrl_c_ends_a_training_that_would_go_on(tmp_path):
+@pytest.mark.parametrize("error", [None, ValueError("cut short")])
+def test_ctrl_c_ends_a_training_that_would_go_on(error, tmp_path):
     class Stubborn(FakeMethod):
         """As `JeffreysNPE`, which ends its training with the best network so far."""
 
@@ -297,7 +298,7 @@ def test_ctrl_c_ends_a_training_that_would_go_on(tmp_path):
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        run_unit(unit(Stubborn(tmp_path / "log"), ("fake", 1)))
+        run_unit(unit(Stubborn(tmp_path / "log", train_error=error), ("fake", 1)))
     assert signal.getsignal(signal.SIGINT) is before
 
 
