@@ -321,6 +321,16 @@ def test_a_resumed_study_runs_only_what_is_missing(tmp_path):
     assert (read_table(tmp_path)["status"] == "ok").all()
 
 
+def test_names_that_look_like_numbers_are_names(tmp_path):
+    runs = [Run("s", "007", "m", "1.50", 1)]
+    for made in (1, 0):
+        counts = run_all(runs, lambda *_: {"nll_best": 0.25}, tmp_path)
+        assert counts == (made, 1 - made, 0)
+    (row,) = read_table(tmp_path).to_dict("records")
+    assert (row["dataset"], row["setting"], row["error"]) == ("007", "1.50", "")
+    assert row["nll_best"] == 0.25 and math.isnan(row["nll_last"])
+
+
 def test_ctrl_c_leaves_the_finished_rows(tmp_path):
     def execute_one(run, folder):
         if run.seed == 2:

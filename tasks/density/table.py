@@ -60,11 +60,11 @@ def read_table(folder: Path) -> pd.DataFrame:
     path = Path(folder) / FILE
     if not path.exists():
         return pd.DataFrame(columns=pd.Index(COLUMNS))
-    table = pd.read_csv(path, keep_default_na=True)
+    # A folder of images may be called 007.
+    texts = dict.fromkeys(set(COLUMNS) - {"seed", *METRICS}, str)
+    table = pd.read_csv(path, dtype=texts)
     table = table.reindex(columns=list(COLUMNS))  # of an older version, some lack
-    for name in ("setting", "curve", "error"):
-        table[name] = table[name].fillna("").astype(str)
-    return table
+    return table.fillna(dict.fromkeys(texts, ""))
 
 
 def run_all(
