@@ -708,15 +708,29 @@ def test_the_readme_says_what_the_rows_of_calibration_say():
 def test_the_page_on_trust_says_what_the_rows_of_the_alarms_say():
     rows = pd.read_csv(REPORTS / "alarms_1000/rows.csv").set_index(["task", "kind"])
     good, far = (rows.xs(kind, level="kind") for kind in ("good", "far"))
+    page = text_of("docs/how_to/trust.md")
     everywhere = good["calibration"] == 1
-    assert everywhere.sum() == 3 and len(good) == 10
-    assert (good.loc[everywhere, "coverage_90"].dropna() < 0.9).all()
-    share = f"{good.loc[~everywhere, 'objected'].mean():.1%}".replace("%", " %")
-    assert (far["objected"] == 1).all()
+    assert list(good.index[everywhere]) == ["slcp_distractors"] and len(good) == 10
+    coverage = (100 * good["coverage_90"]).round().astype(int)
+    hold = f"90 % credible regions hold {coverage['slcp_distractors']} % of"
     assert (
-        f"On the other seven it objects to {share} of the good observations, and to "
-        "all far ones"
-    ) in text_of("docs/how_to/trust.md")
+        f"slcp_distractors it objects to every observation, and is right: the flow's {hold}"
+        in page
+    )
+    narrow = coverage[~everywhere & (coverage < 86)].sort_values()
+    assert list(narrow.index) == ["lotka_volterra", "slcp"]
+    pair = "lotka_volterra and slcp, whose regions hold {} % and {} %"
+    assert pair.format(*narrow) in page
+    others = good.loc[~everywhere, "objected"]
+    share = f"{others.mean():.1%}".replace("%", " %")
+    assert (far["objected"] == 1).all() and others.max() <= 0.05
+    assert (
+        f"On the other nine tasks it objects to {share} of the good observations, and "
+        "to all far ones"
+    ) in page
+    noisy = rows.xs("noisy", level="kind")["objected"]
+    assert noisy["slcp"] == noisy[~everywhere].min() and noisy["sir"] == 1
+    assert f"objects to {noisy['slcp']:.0%} of".replace("%", " %") in page
 
 
 def test_what_is_said_of_the_scale_is_what_the_rows_say():
