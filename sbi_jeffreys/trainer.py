@@ -813,7 +813,29 @@ class JeffreysNPE(NPE):
                 "or for outliers to be looked at.",
                 stacklevel=5,
             )
-        estimator = self._estimator
+        try:
+            self._end_training(num_epochs)
+        except KeyboardInterrupt:
+            warnings.warn(
+                "Training was interrupted at its very end: the networks may not be the "
+                "best of it, and the refined posterior may be the flow's. "
+                "`train(resume_training=True)` ends it.",
+                stacklevel=5,
+            )
+            raise
+        self._finished = True
+        if self._checkpoint is not None:
+            self._checkpoint.write(self, last=True)
+        if resumed:
+            set_random_state(random, self._device)
+        return self._estimator
+
+    def _end_training(self, num_epochs_before: int) -> None:
+        """Go back to the best networks, choose the exponent, and warn of what is bad.
+
+        Raises:
+            ValueError: If no network of the flow had a finite loss.
+        """
         self._restore_best()
         if self._stage is Stage.PROXY:  # ended early
             self._judge_proxy_afresh()
@@ -825,16 +847,10 @@ class JeffreysNPE(NPE):
                 "can be chosen. Look for NaN, infinite or extreme values in theta and "
                 "x, and try a lower learning_rate."
             )
-        self._warn_of_nan(num_epochs)
-        estimator.exponent = self._choose_exponent()
+        self._warn_of_nan(num_epochs_before)
+        self._estimator.exponent = self._choose_exponent()
         if "proxy" in self._best:
             self._warn_of_collapse()
-        self._finished = True
-        if self._checkpoint is not None:
-            self._checkpoint.write(self, last=True)
-        if resumed:
-            set_random_state(random, self._device)
-        return estimator
 
     def _is_missing(self, name: str, epoch: int) -> bool:
         """Return whether an epoch was of a stage without this metric."""
@@ -860,7 +876,7 @@ class JeffreysNPE(NPE):
                 f"In {num} epochs {', '.join(names)} were NaN or infinite: densities "
                 "of flow or proxy left single precision. Look for extreme values in "
                 "theta and x, and try a lower learning_rate.",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def _why_to_stop(self, error: BaseException) -> Optional[str]:
@@ -1563,7 +1579,7 @@ class JeffreysNPE(NPE):
         except NUMERICAL_ERRORS as err:  # must not cost the networks
             warnings.warn(
                 _cannot_be_sampled(err, "the refined posterior is left as the flow's"),
-                stacklevel=6,
+                stacklevel=7,
             )
             return 0.0
 
@@ -1591,7 +1607,7 @@ class JeffreysNPE(NPE):
                     "simulations. Flow and proxy disagree. Do not use the refined "
                     "posterior; that of the flow (sample_with='direct') is as good as "
                     "NPE's. More simulations or a longer training may mend it.",
-                    stacklevel=6,
+                    stacklevel=7,
                 )
 
     @property

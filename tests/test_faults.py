@@ -1,6 +1,7 @@
 """Bad data and bad luck: what goes wrong in the middle, and what is left then."""
 
 import errno
+import inspect
 import math
 import os
 import re
@@ -697,6 +698,29 @@ def test_ctrl_c_at_any_point(monkeypatch):
         assert inference.summary["trust"] == expected.summary["trust"], at
         assert inference._neural_net.exponent == expected._neural_net.exponent
     assert min(num_early, num_kept, num_passed_on) > 5
+
+
+@pytest.mark.parametrize("where", ["_restore_best", "_choose_exponent"])
+def test_ctrl_c_at_the_very_end_is_told(monkeypatch, where):
+    expected, inference = make(), make()
+    train(expected, 4, simulate(60))
+    with monkeypatch.context() as patch:
+        interrupter = Interrupter(patch)
+        interrupter.hang_into(JeffreysNPE, where)
+        train(make(), 4, simulate(60))
+        interrupter.num_calls, interrupter.at = 0, interrupter.num_calls
+        with (
+            pytest.warns(UserWarning, match="interrupted at its very end") as caught,
+            pytest.raises(KeyboardInterrupt),
+        ):
+            train(inference, 4, simulate(60))
+    (told,) = [w for w in caught if "very end" in str(w.message)]
+    assert told.filename == inspect.getfile(train)  # said of the user's line
+    train(inference, 4, resume_training=True)
+    assert torch.equal(
+        parameters(inference._neural_net), parameters(expected._neural_net)
+    )
+    assert inference._neural_net.exponent == expected._neural_net.exponent > 0
 
 
 def test_ctrl_c_in_a_later_round_before_its_first_epoch(monkeypatch):
