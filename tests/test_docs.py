@@ -712,11 +712,10 @@ def test_the_page_on_trust_says_what_the_rows_of_the_alarms_say():
     everywhere = good["calibration"] == 1
     assert list(good.index[everywhere]) == ["slcp_distractors"] and len(good) == 10
     coverage = (100 * good["coverage_90"]).round().astype(int)
-    hold = f"90 % credible regions hold {coverage['slcp_distractors']} % of"
     assert (
-        f"slcp_distractors it objects to every observation, and is right: the flow's {hold}"
-        in page
-    )
+        "slcp_distractors it objects to every observation, and is right: the flow's "
+        f"90 % credible regions hold {coverage['slcp_distractors']} % of"
+    ) in page
     narrow = coverage[~everywhere & (coverage < 86)].sort_values()
     assert list(narrow.index) == ["lotka_volterra", "slcp"]
     pair = "lotka_volterra and slcp, whose regions hold {} % and {} %"
