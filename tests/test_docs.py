@@ -191,9 +191,10 @@ def test_the_figures_of_more_simulations_are_those_of_their_report(site):
     assert averages.notna().any() and averages.isna().any()
     cells = ["–" if pd.isna(score) else f"{score:.3f}" for score in averages]
     assert [f"mean of all {len(means)}", *cells] in shown
-    assert list(complete.index) == ["gaussian_mixture", "sir", "slcp", "two_moons"]
+    tasks = ["gaussian_linear_uniform", "gaussian_mixture", "lotka_volterra", "sir"]
+    assert list(complete.index) == [*tasks, "slcp", "two_moons"]
     cells = [f"{score:.3f}" for score in complete.mean()]
-    assert ["mean of gaussian_mixture, sir, slcp and two_moons", *cells] in shown
+    assert [f"mean of {', '.join(tasks)}, slcp and two_moons", *cells] in shown
     ours = rows[rows["method"] == "jeffreys_refined"]
     minutes = ours.groupby("task")["training_seconds"].first() / 60
     text = " ".join(
@@ -673,23 +674,31 @@ def test_the_readme_says_what_the_rows_of_more_simulations_say(site):
     assert len(refined.dropna()) == 10
     assert f"mean of **{refined.mean():.3f}** over the ten tasks" in readme
     assert f"{refined.mean():.3f}" in (site / "benchmarks.html").read_text()
-    tasks = ["two_moons", "slcp", "gaussian_mixture", "sir"]
-    ours, theirs = (
-        [f"{means.loc[task, method]:.3f}" for task in tasks]
-        for method in ("jeffreys_refined", "npe_nsf")
-    )
-    assert list(means["npe_nsf"].dropna().index) == sorted(tasks)
-    assert len(means["npe_maf"].dropna()) == 7 and len(means["fmpe"].dropna()) == 6
-    for peer in ("npe_maf", "fmpe"):
+    assert "NPE (maf) was run on seven tasks, NPE (nsf), FMPE, NPSE and NLE" in page
+    assert len(means["npe_maf"].dropna()) == 7
+    for peer in ("npe_nsf", "fmpe", "npse", "nle"):
+        assert len(means[peer].dropna()) == 6
+    for peer in ("npe_maf", "npe_nsf", "fmpe", "npse"):
         assert not (means[peer] <= refined).any()
-    assert list(means.index[means["fmpe"] < means["jeffreys"]]) == ["slcp"]
-    flow, of_fmpe = (f"{means.loc['slcp', m]:.3f}" for m in ("jeffreys", "fmpe"))
-    assert f"behind FMPE on slcp, {flow} against {of_fmpe}." in page
-    assert f"FMPE on slcp, {flow} against {of_fmpe}." in text_of(
-        "docs/when_not_to_use.md"
-    )
-    assert f"refined {', '.join(ours[:-1])} and {ours[-1]} on" in page
-    assert f"NPE {', '.join(theirs[:-1])} and {theirs[-1]}." in page
+    assert list(means.index[means["nle"] <= refined]) == ["slcp"]
+    for peer in ("npe_nsf", "npe_maf"):
+        assert not (means[peer] <= means["jeffreys"]).any()
+    for peer in ("fmpe", "npse", "nle"):
+        assert list(means.index[means[peer] < means["jeffreys"]]) == ["slcp"]
+    slcp = means.loc["slcp"].map("{:.3f}".format)
+    us, flow = slcp["jeffreys_refined"], slcp["jeffreys"]
+    assert f"better on slcp, {slcp['nle']} against {us}**" in page
+    assert (
+        f"The flow is behind NLE ({slcp['nle']}), NPSE ({slcp['npse']}) and FMPE "
+        f"({slcp['fmpe']}) on slcp, where it has {flow}."
+    ) in page
+    assert (
+        f"loses to NLE on slcp, {us} against {slcp['nle']}; the flow there, {flow}, to "
+        f"NLE, NPSE ({slcp['npse']}) and FMPE ({slcp['fmpe']})."
+    ) in text_of("docs/when_not_to_use.md")
+    assert f"on one of six, slcp, {us} against {slcp['nle']} (one seed" in readme
+    of_nsf = rows[rows.method == "npe_nsf"].training_seconds / 60
+    assert f"NPE (nsf) {of_nsf.min():.0f} to {of_nsf.max():.0f}." in page
     seconds = rows[rows.method == "jeffreys_refined"].training_seconds / 60
     assert f"took {seconds.min():.0f} to {seconds.max():.0f} minutes" in page
 
