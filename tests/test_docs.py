@@ -218,7 +218,8 @@ def test_other_methods_of_one_round_lose_as_the_page_says():
     first, others_of_nle = page.split("of ten observations: ")[1].split("first three: ")
     for task, row in with_nle[["nle", "jeffreys", "jeffreys_refined"]].iterrows():
         text = f"{task} {', '.join(f'{score:.3f}' for score in row)}"
-        assert text in {10: first, 3: others_of_nle}[num[task]]
+        assert text in {10: first, 3: others_of_nle, 9: others_of_nle}[num[task]]
+        assert (f"{text} (three seeds)" in page) == (num[task] == 9)
     lead = with_nle["nle"] - with_nle["jeffreys_refined"]
     assert list(lead[lead < 0].index) == ["bernoulli_glm"]
     assert (
@@ -237,10 +238,19 @@ def test_other_methods_of_one_round_lose_as_the_page_says():
         with_nle[name].map("{:.3f}".format)
         for name in ("jeffreys_refined", "nle", "jeffreys")
     )
-    pair = f"{us['bernoulli_glm']} against {theirs['bernoulli_glm']} (three"
-    assert pair in text_of("README.md")
+    pair = f"{us['bernoulli_glm']} against {theirs['bernoulli_glm']} "
+    assert pair + "(three observations, three seeds)" in text_of("README.md")
     losses = text_of("docs/when_not_to_use.md")
-    assert f"{pair} observations); the flow there, {flow['bernoulli_glm']}" in losses
+    assert (
+        f"{pair}(three observations, three seeds); the flow there, "
+        f"{flow['bernoulli_glm']}"
+    ) in losses
+    of_glm = scores.loc["bernoulli_glm"].dropna(subset="nle").groupby("seed").mean()
+    each = [
+        f"{row['nle']:.3f}, {row['jeffreys_refined']:.3f}"
+        for _, row in of_glm.iterrows()
+    ]
+    assert len(each) == 3 and f"with each seed: {'; '.join(each)})" in page
     for task in ("gaussian_linear_uniform", "slcp"):
         assert f"on {task}, {flow[task]} against {theirs[task]}" in losses
     others.remove("nle")
