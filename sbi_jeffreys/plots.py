@@ -250,7 +250,7 @@ def plot_densities(
             of_flow = models["flow"].sample((1000,), x=x_o)
             limits = _limits([samples.cpu(), of_flow.cpu()], marked)
     limits = torch.as_tensor(limits)
-    condition = _rows("condition", condition, num).to(x_o.device)
+    condition = _rows("condition", condition, num).float()
     if len(condition) != 1:
         raise ValueError(f"One condition is needed, got {len(condition)}.")
 
@@ -388,18 +388,18 @@ def plot_corner(
         **(options.pop("fig_kwargs", None) or {}),
     }
     # sbi leaves samples with NaN out; it cannot be asked for limits without outliers.
-    parts = [torch.as_tensor(part).cpu().float() for part in samples.values()]
+    parts = [torch.as_tensor(part).cpu() for part in samples.values()]
+    # Quantiles are of single or double precision alone.
+    parts = [p if p.dtype == torch.float64 else p.float() for p in parts]
     parts = [part[part.isfinite().all(1)] for part in parts]
     empty = [
         name for name, part in zip(samples, parts, strict=True) if not part.numel()
     ]
     if empty:
         raise ValueError(f"No finite samples of {', '.join(empty)}.")
+    marked = [_rows("points", part, num) for part in sets]
     if limits is None:
-        marked = (
-            torch.cat([_rows("points", part, num) for part in sets]) if sets else None
-        )
-        limits = _limits(parts, marked).tolist()
+        limits = _limits(parts, torch.cat(marked) if marked else None).tolist()
     fig, axes = pairplot(
         parts,
         points=points,
@@ -660,7 +660,10 @@ def plot_c2st(
         axes.errorbar(list(curve), means, yerr=bars, **style)
     axes.set_xscale("log")
     lowest = min(v.mean() for curve in curves.values() for v in curve.values())
-    axes.set_ylim(min(0.48, lowest - 0.02), 1.02)
+    bottom = min(0.48, lowest - 0.02)
+    if not axes.get_autoscaley_on():  # of a panel that shares its axis with others
+        bottom = min(bottom, axes.get_ylim()[0])
+    axes.set_ylim(bottom, 1.02)
     axes.set_xlabel("simulations")
     axes.set_ylabel("C2ST (0.5 is perfect)")
     if ax is None:
@@ -777,7 +780,7 @@ def _limits(parts: Sequence[Tensor], points: Optional[Tensor] = None) -> Tensor:
 
 def _rows(name: str, values: Any, num_parameters: int) -> Tensor:
     """Return parameters as `(num, num_parameters)`, or say that they are not."""
-    rows = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+    rows = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     if rows.ndim not in (1, 2) or rows.shape[-1] != num_parameters:
         raise ValueError(
             f"{name} must hold {num_parameters} parameters, in shape (num, "

@@ -315,8 +315,8 @@ class RefinedPosterior(NeuralPosterior):
             ValueError: If `x` holds more than one observation.
         """
         x = self._single_x(x)
-        batch_size = max_sampling_batch_size or self.max_sampling_batch_size
-        return self._resample(torch.Size(sample_shape), x, batch_size).squeeze(-2)
+        shape = torch.Size(sample_shape)
+        return self._resample(shape, x, max_sampling_batch_size).squeeze(-2)
 
     def sample_batched(
         self,
@@ -342,8 +342,7 @@ class RefinedPosterior(NeuralPosterior):
         """
         shape = self.posterior_estimator.condition_shape
         x = reshape_to_batch_event(process_x(x), shape).to(self._device)
-        batch_size = max_sampling_batch_size or self.max_sampling_batch_size
-        return self._resample(torch.Size(sample_shape), x, batch_size)
+        return self._resample(torch.Size(sample_shape), x, max_sampling_batch_size)
 
     def log_prob(
         self,
@@ -494,7 +493,10 @@ class RefinedPosterior(NeuralPosterior):
             left -= num
         return from_log_weights(torch.cat(log_weights))
 
-    def _resample(self, sample_shape: torch.Size, x: Tensor, batch_size: int) -> Tensor:
+    def _resample(
+        self, sample_shape: torch.Size, x: Tensor, batch_size: Optional[int]
+    ) -> Tensor:
+        batch_size = self.max_sampling_batch_size if batch_size is None else batch_size
         num_samples = sample_shape.numel()
         theta, log_weights, repeated = self._candidates(num_samples, x, batch_size)
         is_lost = torch.isneginf(log_weights).all(0)

@@ -1347,7 +1347,7 @@ class JeffreysNPE(NPE):
             proxy.load_state_dict(best.state)
             warnings.warn(
                 _cannot_be_sampled(err, "the proxy is left as its network alone"),
-                stacklevel=6,
+                stacklevel=7,
             )
 
     @torch.no_grad()

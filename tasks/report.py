@@ -32,7 +32,7 @@ from scipy.stats import t as student_t
 from tasks import TASKS, plots
 from tasks.errors import InputError
 from tasks.methods import METHODS
-from tasks.results import COSTS, METRICS, load, write_whole
+from tasks.results import COSTS, METRICS, load, settings_text, write_whole
 from tasks.sweep import NUM_REFERENCE_SAMPLES
 
 CELL = ["task", "budget", "method"]
@@ -144,7 +144,7 @@ def _check_settings(rows: pd.DataFrame) -> None:
         settings = [json.loads(text) for text in group["settings"].unique()]
         for of_rows in settings:
             del of_rows["num_samples"]
-        different = sorted({json.dumps(s, sort_keys=True) for s in settings})
+        different = sorted(set(map(settings_text, settings)))
         if len(different) > 1:
             raise InputError(
                 f"rows of {method} on {task} at {budget:,} simulations were made with "
@@ -158,7 +158,9 @@ def _train_table(rows: pd.DataFrame) -> str:
     lines = []
     for method in in_order(rows["method"].unique()):
         of_method = rows.loc[rows["method"] == method, "settings"].unique()
-        given = sorted({json.dumps(json.loads(s).get("train", {})) for s in of_method})
+        given = sorted({
+            settings_text(json.loads(s).get("train", {})) for s in of_method
+        })
         lines.append([method, ", ".join(given)])
     if all(given == "{}" for _, given in lines):
         return ""

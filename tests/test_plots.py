@@ -299,6 +299,12 @@ def test_plot_densities_shows_points_and_the_whole_flow(estimator, flow, prior):
     assert edges[..., 0].min() < point[0] and edges[..., 1].min() < point[1]
 
 
+def test_plot_densities_takes_observations_as_posteriors_do(estimator, prior):
+    posterior = RefinedPosterior(estimator, prior)
+    _, axes = plot_densities(posterior, X_O.numpy(), [[-2.0, 2.0]] * 3)
+    assert shades(axes[0]).sum() > 0
+
+
 @pytest.mark.parametrize("condition", [np.zeros(3), [0, 0, 0], torch.zeros(1, 3)])
 def test_plot_densities_takes_any_condition(estimator, prior, condition):
     limits = [[-2.0, 2.0]] * 3
@@ -456,8 +462,9 @@ def test_plot_corner_shows_points_beyond_the_samples():
         _, axes = plot_corner({"a": samples}, points=points)
         assert -5 < axes[0, 0].get_xlim()[0] < 9.0 < axes[0, 0].get_xlim()[1]
         assert axes[1, 1].get_xlim()[0] < -9.0 and axes[1, 1].get_xlim()[1] < 5
-    with pytest.raises(ValueError, match="points must hold 2 parameters"):
-        plot_corner({"a": samples}, points=torch.zeros(1, 3))
+    for limits in (None, [[-4, 4]] * 2):
+        with pytest.raises(ValueError, match="points must hold 2 parameters"):
+            plot_corner({"a": samples}, limits=limits, points=torch.zeros(1, 3))
 
 
 def test_plot_corner_takes_samples_as_pairplot_does():
@@ -469,6 +476,9 @@ def test_plot_corner_takes_samples_as_pairplot_does():
     assert np.array_equal(
         axes[0, 0].lines[0].get_ydata(), expected[0, 0].lines[0].get_ydata()
     )
+    # Far from zero single precision has no such differences.
+    _, axes = plot_corner({"a": 1e9 + samples.double()}, points=[1e9 + samples[:1]])
+    assert np.ptp(axes[0, 0].get_xlim()) < 20
     for other in (samples.half(), torch.randint(0, 9, (200, 2)), samples.double()):
         plot_corner({"a": other})
     for nothing in (samples[:0], torch.full((9, 2), torch.nan)):
@@ -633,6 +643,10 @@ def test_plot_c2st_says_what_it_needs(nothing):
 def test_plot_c2st_leaves_nothing_out():
     _, ax = plot_c2st({"a": {1_000: [0.46, 0.44], 100: [0.47]}})
     assert ax.get_ylim()[0] < 0.45
+    _, panels = plt.subplots(1, 2, sharey=True)
+    for panel, c2st in zip(panels, (0.44, 0.6), strict=True):
+        plot_c2st({"a": {1_000: c2st}}, ax=panel)
+    assert panels[0].get_ylim() == panels[1].get_ylim() and panel.get_ylim()[0] < 0.44
     for num, values in ((100, [0.7, np.nan]), (0, [0.7])):
         with pytest.raises(ValueError, match=rf"positive.*c2st\['a'\]\[{num}\]"):
             plot_c2st({"a": {1_000: 0.6, num: values}})

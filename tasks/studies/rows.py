@@ -57,7 +57,7 @@ def run_missing(
         there = read_rows(path)
         if len(there) and (missing := [name for name in key if name not in there]):
             raise InputError(_no_table(path, f"it has no column {missing[0]!r}"))
-        if _has(read_rows(path), key):
+        if _has(there, key):
             continue
         with ctrl_c_ends():
             new = pd.DataFrame(run(*key.values()))
