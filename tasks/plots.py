@@ -41,7 +41,7 @@ _STYLES = {
     "nre": (PURPLE, "*", "-"),
     "sjeffreys": (SKY, "o", "-."),
     "sjeffreys_refined": (SKY, "s", ":"),
-    "snpe": (SKY, "8", "-"),
+    "snpe": (SKY, "v", "-"),  # an octagon is taken for the circle of sjeffreys
     "snle": (ORANGE, "d", "--"),
     "snre": (PURPLE, "*", "--"),
 }
@@ -165,6 +165,8 @@ def c2st_against_time(summary: pd.DataFrame) -> Figure:
         budgets = ", ".join(f"{budget:,}" for budget in sizes)
         axes.axhline(0.5, color="0.8", linewidth=1, zorder=0)
         axes.set_xscale("log")
+        # They are there where the axis has hardly a decade, and lie on each other.
+        axes.tick_params(axis="x", which="minor", labelsize=6)
         axes.set_ylim(0.48, 1.02)
         axes.set_xlabel(f"seconds of one training\n({budgets} simulations)")
         axes.set_ylabel("C2ST (0.5 is perfect)")
