@@ -23,6 +23,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from sbi_jeffreys.features import MAX_SIMULATIONS, Features
+from sbi_jeffreys.response_surface import SIMULATIONS_PER_TERM, second_order_terms
 
 # So few outputs are all kept: one that says nothing costs little among them, and a
 # wrong decision much.
@@ -34,11 +35,7 @@ LEVEL = 0.01
 # Outputs are known to depend on parameters, or on one of those that do, below this
 # p-value over all of them.
 FAMILY_LEVEL = 0.01
-# Simulations for every regressor.
-SIMULATIONS_PER_REGRESSOR = 10
 MIN_SIMULATIONS = 100
-# With more parameters than twenty their products are too many to be quick.
-MAX_REGRESSORS = 230
 
 
 def informative_outputs(theta: Tensor, x: Tensor) -> Optional[Tensor]:
@@ -124,13 +121,9 @@ def _scores(values: Tensor) -> Tensor:
 def _regressors(z: Tensor) -> Optional[Tensor]:
     """Return an orthonormal basis of the regressors, `None` for too few simulations."""
     num, num_parameters = z.shape
-    if num < max(MIN_SIMULATIONS, SIMULATIONS_PER_REGRESSOR * num_parameters):
+    if num < max(MIN_SIMULATIONS, SIMULATIONS_PER_TERM * num_parameters):
         return None
-    first, second = torch.triu_indices(num_parameters, num_parameters, device=z.device)
-    num_regressors = num_parameters + len(first)
-    regressors = z
-    if num_regressors <= min(num // SIMULATIONS_PER_REGRESSOR, MAX_REGRESSORS):
-        regressors = torch.cat((z, z[:, first] * z[:, second]), 1)
+    regressors = second_order_terms(z)
     # Not by QR: products of parameters with few values depend on each other.
     basis, singular_values, _ = torch.linalg.svd(
         regressors - regressors.mean(0), full_matrices=False
