@@ -105,8 +105,8 @@ from sbi_jeffreys.weights import (
 NUM_VALIDATION_SIMULATIONS = 500
 # Epochs in which the surrogates learn: they would go on to improve, ever more slowly.
 # With many simulations so many steps are enough, but not fewer epochs than these.
-MAX_LIKELIHOOD_EPOCHS = 200
-MAX_LIKELIHOOD_STEPS = 5_000
+MAX_LIKELIHOOD_EPOCHS = 400
+MAX_LIKELIHOOD_STEPS = 10_000
 MIN_LIKELIHOOD_EPOCHS = 50
 # Steps without improvement after which a stage that sbi has not, or a candidate of the
 # flow, ends before `stop_after_epochs`; and epochs that it has in any case. Epochs of
