@@ -55,7 +55,7 @@ class Features(nn.Module):
         # Not of the standard scores: where one output is far out, those of all others
         # are the same number.
         for row, values in enumerate(flat.T[index]):
-            table[0, row], table[1, row] = _normal_scores(values)
+            table[0, row], table[1, row] = normal_score_table(values)
         self.register_buffer("quantiles", table[0].contiguous())
         self.register_buffer("scores", table[1].contiguous())
 
@@ -73,9 +73,18 @@ class Features(nn.Module):
             x: Simulation outputs of shape `(batch_dim, *condition_shape)`.
         """
         flat = self._flatten(x)
-        standard = self._standard(flat).nan_to_num(nan=0.0)
-        normal = self._normal(flat)
-        return torch.cat((standard.clamp(-MAX_SCORE, MAX_SCORE), normal), 1)
+        return torch.cat((self._standard(flat), self._normal(flat)), 1)
+
+    def standard_scores(self, x: Tensor) -> Tensor:
+        """Return the standard scores alone.
+
+        Args:
+            x: Simulation outputs of shape `(batch_dim, *condition_shape)`.
+
+        Returns:
+            Of shape `(batch_dim, num_outputs)`, zero where an output is missing.
+        """
+        return self._standard(self._flatten(x))
 
     def normal_scores(self, x: Tensor) -> Tensor:
         """Return the normal scores of the continuous outputs alone.
@@ -109,7 +118,8 @@ class Features(nn.Module):
         return flat if self.outputs is None else flat[:, self.outputs]
 
     def _standard(self, flat: Tensor) -> Tensor:
-        return (flat - self.mean) / self.scale
+        standard = ((flat - self.mean) / self.scale).nan_to_num(nan=0.0)
+        return standard.clamp(-MAX_SCORE, MAX_SCORE)
 
 
 def num_values(x: Tensor) -> Tensor:
@@ -138,8 +148,12 @@ def _finite_or_nan(x: Tensor) -> Tensor:
     return flat.masked_fill(~flat.isfinite(), torch.nan)
 
 
-def _normal_scores(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return knots and their normal scores, both of shape `(NUM_KNOTS,)`."""
+def normal_score_table(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return knots and their normal scores, both of shape `(NUM_KNOTS,)`.
+
+    Args:
+        values: Of shape `(num_simulations,)`; NaN are left out.
+    """
     ordered = values[~values.isnan()].sort().values
     num = len(ordered)
     # Knots at even distances of the score, so that the tails have theirs.

@@ -9,9 +9,10 @@ function of the parameters, a surrogate of the likelihood is near the truth afte
 simulations; where they are not, or too many, it is poor. How far each is to be followed
 is therefore weighed on validation simulations, see `sbi_jeffreys.pooled_energy`.
 
-The outputs enter by their normal scores, whose Jacobian depends on $x$ alone and
-cancels in the posterior, as do all other factors of $x$ alone. Surrogates are proposal
-free: parameters may come from any proposal [1].
+The outputs enter by their standard or their normal scores, whichever of the two
+`sbi_jeffreys.output_scales` finds to be a smooth function of the parameters with noise.
+The Jacobian depends on $x$ alone and cancels in the posterior, as do all other factors
+of $x$ alone. Surrogates are proposal free: parameters may come from any proposal [1].
 
 [1] G. Papamakarios, D. Sterratt, I. Murray, "Sequential Neural Likelihood: Fast
 Likelihood-free Inference with Autoregressive Flows", AISTATS 2019.
@@ -34,9 +35,12 @@ from sbi_jeffreys.features import (
     is_continuous,
     num_values,
 )
+from sbi_jeffreys.output_scales import prefers_normal_scores
 
 # With more outputs a surrogate of the likelihood is no longer cheap.
 MAX_OUTPUTS = 200
+# With more, the pairs of them are.
+MAX_CORRELATED = 32
 # Bound of the logarithm of the scales, in units of the residuals.
 MAX_LOG_SCALE = 6.0
 # Degrees of freedom that the tails of the outputs begin with.
@@ -50,14 +54,15 @@ class SurrogateLikelihoods(nn.Module):
 
     They err in different ways, and what they have in common is more often true: one
     with independent outputs about a smooth function, the same one with dropout, and,
-    where there are two continuous outputs or more, sbi's masked autoregressive flow.
+    where there are two continuous outputs or more, one whose outputs are correlated,
+    as far as the parameters say, and sbi's masked autoregressive flow.
 
     Args:
         theta: Parameters of shape `(num_simulations, num_parameters)`.
         x: Simulation outputs of shape `(num_simulations, num_outputs)`.
         coordinates: Coordinates of the parameters, for their standardisation.
         used: Indices of the outputs that they are surrogates for; all if not given.
-        dropout: Dropout probability of the surrogate that has it.
+        dropout: Dropout probability of the surrogates that have it.
     """
 
     def __init__(
@@ -71,14 +76,16 @@ class SurrogateLikelihoods(nn.Module):
         super().__init__()
         self.register_buffer("used", used)
         x = self._used(x)
-        self.outputs = Outputs(x)
         self.coordinates = coordinates
         z = _saturate(coordinates.standardize(theta))
-        y, _ = self.outputs(x)
+        self.outputs = Outputs(x, z)
+        y, _ = self.outputs(x)  # spread, as those that members learn from
         members: List[nn.Module] = [
             IndependentLikelihood(z, y, self.outputs, probability)
             for probability in (0.0, dropout)
         ]
+        if 1 < y.shape[1] <= MAX_CORRELATED:
+            members.append(CorrelatedLikelihood(z, y, self.outputs, dropout))
         if y.shape[1] > 1:
             members.append(FlowLikelihood(z, y))
         self.members = nn.ModuleList(members)
@@ -130,29 +137,39 @@ class SurrogateLikelihoods(nn.Module):
 class Outputs(nn.Module):
     """Simulation outputs as a likelihood sees them: scores and categories.
 
-    Continuous outputs have their normal scores. Counts are continuous, too, if they
-    have many values; but a density of values that recur has spikes, and in training
-    they are therefore spread evenly over the cells of their lattice. Outputs with few
-    values have the index of the nearest of these.
+    Continuous outputs have their standard or their normal scores, see
+    `sbi_jeffreys.output_scales`. Counts are continuous, too, if they have many values;
+    but a density of values that recur has spikes, and in training they are therefore
+    spread evenly over the cells of their lattice. Outputs with few values have the
+    index of the nearest of these.
 
     Args:
         x: Simulation outputs of shape `(num_simulations, num_outputs)`.
+        z: Standardised parameters of shape `(num_simulations, num_parameters)`.
     """
 
     spacing: Tensor
+    continuous: Tensor
     discrete: Tensor
     values: Tensor
+    is_normal: Tensor
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, z: Tensor) -> None:
         super().__init__()
-        x = x[:MAX_SIMULATIONS]
-        self.features = Features(x)
+        x, z = x[:MAX_SIMULATIONS], z[:MAX_SIMULATIONS]
         continuous = is_continuous(x)
+        self.register_buffer("continuous", continuous.nonzero().flatten())
         self.register_buffer("discrete", (~continuous).nonzero().flatten())
         spacing = torch.zeros_like(x[0], dtype=torch.float32)
-        for column in continuous.nonzero().flatten().tolist():
+        for column in self.continuous.tolist():
             spacing[column] = _lattice_spacing(x[:, column].float())
         self.register_buffer("spacing", spacing)
+        # Of spread counts: else half of the lowest cell would be beyond all scores.
+        spread = self._spread(x)[:, continuous]
+        # Of the largest numbers single precision may not hold what lies between.
+        spread = torch.where(is_continuous(spread), spread, x[:, continuous])
+        self.features = Features(spread)
+        self.register_buffer("is_normal", prefers_normal_scores(z, spread))
         counts = num_values(x)[~continuous].tolist()
         values = torch.full((len(counts), max(counts, default=1) or 1), torch.inf)
         for row, column in enumerate(self.discrete.tolist()):
@@ -168,16 +185,26 @@ class Outputs(nn.Module):
             x: Simulation outputs of shape `(batch_dim, num_outputs)`.
 
         Returns:
-            Normal scores of shape `(batch_dim, num_continuous)`, and categories of
-            shape `(batch_dim, num_discrete)`, -1 where the output is missing.
+            Scores of shape `(batch_dim, num_continuous)`, and categories of shape
+            `(batch_dim, num_discrete)`, -1 where the output is missing.
         """
         discrete = x[:, self.discrete].float()
         distance = (self.values - discrete.nan_to_num(nan=0.0).unsqueeze(-1)).abs()
         categories = distance.argmin(-1)
         categories = torch.where(discrete.isfinite(), categories, -1)
         if self.training:
-            x = x + self.spacing * (torch.rand_like(x, dtype=torch.float32) - 0.5)
-        return self.features.normal_scores(x), categories
+            x = self._spread(x)
+        x = x[:, self.continuous]
+        scores = torch.where(
+            self.is_normal,
+            self.features.normal_scores(x),
+            self.features.standard_scores(x),
+        )
+        return scores, categories
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """Return outputs that are anywhere in the cell of their lattice."""
+        return x + self.spacing * (torch.rand_like(x, dtype=torch.float32) - 0.5)
 
 
 class IndependentLikelihood(nn.Module):
@@ -256,6 +283,9 @@ class IndependentLikelihood(nn.Module):
             leverage = coordinates.leverage(features)
             residual = y - features @ coordinates.weight.T
             u = u + (residual * leverage / (1 - leverage)) @ coordinates.whitening.T
+        return self._log_density(features, hidden, u)
+
+    def _log_density(self, features: Tensor, hidden: Tensor, u: Tensor) -> Tensor:
         return self._student(features, hidden).log_prob(u).sum(-1)
 
     def _student(self, features: Tensor, hidden: Tensor) -> StudentT:
@@ -278,6 +308,46 @@ class IndependentLikelihood(nn.Module):
         logits = self.logits(hidden).unflatten(-1, impossible.shape)
         logits = logits.masked_fill(impossible, -torch.inf)
         return Categorical(logits=logits, validate_args=False)
+
+
+class CorrelatedLikelihood(IndependentLikelihood):
+    r"""Outputs each of which depends on those before it, as the parameters say.
+
+    .. math:: u_i \sim t_{\nu_i}\big(\mu_i + \textstyle\sum_{j < i} B_{ij}(z)
+        (u_j - \mu_j), \; \sigma_i(z)\big), \qquad \mu = W A \varphi(z) + \mu(z)
+
+    A Gaussian of any covariance is of this kind, with the inverse of its Cholesky
+    factor in $\sigma$ and $B$: unlike a fixed whitening, they turn with the parameters.
+
+    Args:
+        z: Standardised parameters of shape `(num_simulations, num_parameters)`.
+        y: Scores of shape `(num_simulations, num_scores)`, two or more.
+        outputs: What gave the scores, with the values of discrete outputs.
+        dropout: Dropout probability.
+        hidden_features: Width of the two hidden layers.
+    """
+
+    pairs: Tensor
+
+    def __init__(
+        self,
+        z: Tensor,
+        y: Tensor,
+        outputs: Outputs,
+        dropout: float,
+        hidden_features: int = 64,
+    ) -> None:
+        super().__init__(z, y, outputs, dropout, hidden_features)
+        pairs = torch.tril_indices(y.shape[1], y.shape[1], -1, device=y.device)
+        self.register_buffer("pairs", pairs)
+        self.coefficients = _zero_layer(hidden_features, pairs.shape[1])
+
+    def _log_density(self, features: Tensor, hidden: Tensor, u: Tensor) -> Tensor:
+        student = self._student(features, hidden)
+        later, earlier = self.pairs
+        products = self.coefficients(hidden) * (u - student.loc)[..., earlier]
+        shift = torch.zeros_like(student.loc).index_add(-1, later, products)
+        return student.log_prob(u - shift).sum(-1)
 
 
 class FlowLikelihood(nn.Module):

@@ -192,7 +192,7 @@ def test_the_factors_of_the_proxy_are_loaded(tmp_path, outputs, simulations):
     train(inference, 8, (theta, x), learning_rate=2e-2)
     proxy = inference._neural_net.proxy
     assert isinstance(proxy, PooledEnergy)
-    assert len(proxy.likelihoods) == (3 if outputs in ("continuous", "mixed") else 2)
+    assert len(proxy.likelihoods) == (4 if outputs in ("continuous", "mixed") else 2)
     path = tmp_path / "fit.pt"
     inference.save(path, simulations=simulations)
     loaded = make().load(path)
@@ -857,9 +857,9 @@ def test_another_version(saved, tmp_path):
     # version 3 no surrogates of the likelihood; version 4 had synthetic conditions, and
     # version 5 energies without a bound; version 6 saw all outputs; version 7 had flows
     # without a scale, and version 8 normal scores of standard scores; version 9 did not
-    # say the preset.
-    assert persistence.FORMAT_VERSION == 10
-    for version in (11, 9, 8, 7, 6, 5, 4, 3, 2, 1, None):
+    # say the preset, and version 10 had no correlated surrogates.
+    assert persistence.FORMAT_VERSION == 11
+    for version in (12, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, None):
         torch.save({**content, "version": version, "written_by": "9.9.9"}, path)
         assert_refused(path, f"format version {version}.*sbi_jeffreys 9.9.9")
 

@@ -358,26 +358,26 @@ def randomized(seed=0):
 def test_it_starts_as_its_network_alone():
     """Until the factors are weighed the likelihoods are neither used nor needed."""
     proxy = randomized()
-    assert proxy.weights.tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert proxy.weights.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
     theta, x = PRIOR.sample((5, 7)), torch.randn(7, 2)
     expected = proxy.net(theta, x)
     assert expected.std() > 1e-2
     assert torch.equal(proxy(theta, x), expected)
-    proxy.weights.copy_(torch.tensor([0.3, 0.0, 0.7, 1.2]))
+    proxy.weights.copy_(torch.tensor([0.3, 0.0, 0.7, 0.9, 1.2]))
     assert not torch.allclose(proxy(theta, x), expected)
     proxy.reset_weights()
-    assert proxy.weights.tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert proxy.weights.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert torch.equal(proxy(theta, x), expected)
 
 
 @pytest.mark.parametrize(
     "weights",
     [
-        [0.3, 0.0, 0.7, 1.2],
-        [0.0, 0.5, 0.0, 0.0],
-        [1.0, 0.2, 0.4, 0.6],
-        [0.0, 0.0, 0.0, 0.0],
-        [0.5, 0.0, 0.0, 1.5],
+        [0.3, 0.0, 0.7, 0.9, 1.2],
+        [0.0, 0.5, 0.0, 0.0, 0.0],
+        [1.0, 0.2, 0.4, 0.3, 0.6],
+        [0.0, 0.0, 0.0, 0.0, 0.0],
+        [0.5, 0.0, 0.0, 0.0, 1.5],
     ],
 )
 def test_energy_is_the_weighted_sum_of_the_factors(weights):
@@ -401,7 +401,7 @@ def test_energy_is_the_weighted_sum_of_the_factors(weights):
     )
     # What is weighed are the factors, whatever the weights are now.
     factors = proxy.log_factors(theta, x)
-    assert factors.shape == (4, 5, 7)
+    assert factors.shape == (5, 5, 7)
     torch.testing.assert_close(factors, torch.stack(parts), atol=1e-4, rtol=1e-4)
 
 
@@ -416,7 +416,7 @@ def test_a_likelihood_without_weight_is_not_evaluated():
     """It may be nonsense, and costs nothing."""
     proxy = randomized()
     theta, x = PRIOR.sample((5, 7)), torch.randn(7, 2)
-    proxy.weights.copy_(torch.tensor([1.0, 0.5, 0.0, 0.0]))
+    proxy.weights.copy_(torch.tensor([1.0, 0.5, 0.0, 0.0, 0.0]))
     expected = proxy(theta, x)
     proxy.likelihoods.members[1] = nn.Linear(1, 1)  # cannot be called
     assert torch.equal(proxy(theta, x), expected)
@@ -426,7 +426,7 @@ def test_a_network_without_weight_may_be_nonsense():
     """`choose_weights` leaves out what is not a number, and so does the proxy."""
     proxy = randomized()
     theta, x = PRIOR.sample((5, 7)), torch.randn(7, 2)
-    proxy.weights.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    proxy.weights.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0]))
     expected = proxy(theta, x)
     assert expected.isfinite().all()
     proxy.net = Nonsense()
@@ -441,7 +441,7 @@ def test_gradients_reach_all_that_is_weighed():
         torch.autograd.grad(part.sum(), theta, retain_graph=True)[0]
         for part in proxy.log_factors(theta, x)
     ]
-    weights = torch.tensor([0.3, 0.4, 0.0, 1.2])
+    weights = torch.tensor([0.3, 0.4, 0.0, 0.8, 1.2])
     proxy.weights.copy_(weights)
     (slope,) = torch.autograd.grad(proxy(theta, x).sum(), theta)
     expected = torch.einsum("k,kijl->ijl", weights, torch.stack(slopes))
@@ -526,8 +526,8 @@ def test_weighed_surrogates_of_a_linear_task_are_near_the_posterior():
         factors = proxy.log_factors(points, outputs)
     weights = choose_weights(factors, torch.zeros(factors.shape[1:]))
     assert weights[0].item() == pytest.approx(1.0, abs=1e-3)  # it is zero everywhere
-    # Both of the same regression; the maf knows nothing yet.
-    assert 0.75 < weights[1:3].sum() < 1.25
+    # All of the same regression; the maf knows nothing yet.
+    assert 0.75 < weights[1:4].sum() < 1.25
     assert_optimal(weights, factors, torch.zeros(factors.shape[1:]), 5e-3)
     proxy.weights.copy_(weights)
     assert abs(excess()) < 0.05
@@ -536,7 +536,7 @@ def test_weighed_surrogates_of_a_linear_task_are_near_the_posterior():
 def test_weights_survive_the_state_dict_and_a_copy():
     """All factors and their weights are in the state."""
     proxy, other = randomized(), randomized(seed=1)
-    proxy.weights.copy_(torch.tensor([0.3, 0.1, 0.7, 1.2]))
+    proxy.weights.copy_(torch.tensor([0.3, 0.1, 0.7, 0.9, 1.2]))
     theta, x = PRIOR.sample((5, 7)), torch.randn(7, 2)
     expected = proxy(theta, x)
     assert not torch.allclose(other(theta, x), expected)
@@ -544,7 +544,7 @@ def test_weights_survive_the_state_dict_and_a_copy():
     other.load_state_dict(proxy.state_dict())
     proxy.reset_weights()
     for restored in (other, twin):
-        assert torch.equal(restored.weights, torch.tensor([0.3, 0.1, 0.7, 1.2]))
+        assert torch.equal(restored.weights, torch.tensor([0.3, 0.1, 0.7, 0.9, 1.2]))
         assert torch.equal(restored(theta, x), expected)
         # No optimiser may learn them.
         assert "weights" in dict(restored.named_buffers())
@@ -561,7 +561,7 @@ def test_builder_pools_where_there_is_a_likelihood():
         assert proxy.input_shape == proxy.condition_shape == (2,)
         # They have the parameters in the same units as the network.
         assert proxy.likelihoods.coordinates is proxy.net.coordinates
-        assert len(proxy.weights) == 1 + len(proxy.likelihoods) == 4
+        assert len(proxy.weights) == 1 + len(proxy.likelihoods) == 5
 
 
 def test_builder_does_not_pool_where_there_is_none():
