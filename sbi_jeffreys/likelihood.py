@@ -35,6 +35,7 @@ from sbi_jeffreys.features import (
     is_continuous,
     num_values,
 )
+from sbi_jeffreys.logistic import LogisticRegressions
 from sbi_jeffreys.output_scales import prefers_normal_scores
 
 # With more outputs a surrogate of the likelihood is no longer cheap.
@@ -79,13 +80,16 @@ class SurrogateLikelihoods(nn.Module):
         self.coordinates = coordinates
         z = _saturate(coordinates.standardize(theta))
         self.outputs = Outputs(x, z)
-        y, _ = self.outputs(x)  # spread, as those that members learn from
+        # Scores are spread, as those that members learn from.
+        y, categories = self.outputs(x)
+        values = cast(Tensor, self.outputs.values)
+        logistic = LogisticRegressions(Features(z), z, categories, values.shape[1])
         members: List[nn.Module] = [
-            IndependentLikelihood(z, y, self.outputs, probability)
+            IndependentLikelihood(z, y, self.outputs, logistic, probability)
             for probability in (0.0, dropout)
         ]
         if 1 < y.shape[1] <= MAX_CORRELATED:
-            members.append(CorrelatedLikelihood(z, y, self.outputs, dropout))
+            members.append(CorrelatedLikelihood(z, y, self.outputs, logistic, dropout))
         if y.shape[1] > 1:
             members.append(FlowLikelihood(z, y))
         self.members = nn.ModuleList(members)
@@ -214,12 +218,13 @@ class IndependentLikelihood(nn.Module):
 
     with the ridge regression $A$ of the scores $y$ on features of the parameters, the
     whitening $W$ of its residuals, and a network for the rest. Discrete outputs have
-    the probabilities of their values.
+    the probabilities of their values, by logistic regressions and the same network.
 
     Args:
         z: Standardised parameters of shape `(num_simulations, num_parameters)`.
         y: Scores of the outputs, of shape `(num_simulations, num_scores)`.
         outputs: What gave the scores, with the values of discrete outputs.
+        logistic: Logistic regressions of the discrete outputs.
         dropout: Dropout probability.
         hidden_features: Width of the two hidden layers.
     """
@@ -229,6 +234,7 @@ class IndependentLikelihood(nn.Module):
         z: Tensor,
         y: Tensor,
         outputs: Outputs,
+        logistic: LogisticRegressions,
         dropout: float,
         hidden_features: int = 64,
     ) -> None:
@@ -250,6 +256,7 @@ class IndependentLikelihood(nn.Module):
             tails = torch.full((num_scores,), INITIAL_DEGREES_OF_FREEDOM - 2.0)
             self.tails = nn.Parameter(tails.expm1().log())  # softplus is its inverse
         if num_discrete:
+            self.logistic = logistic
             self.logits = _zero_layer(hidden_features, num_discrete * num_categories)
             # Categories that an output does not have.
             self.register_buffer("impossible", outputs.values.isinf())
@@ -270,7 +277,8 @@ class IndependentLikelihood(nn.Module):
         if self.coordinates is not None:
             log_likelihood = log_likelihood + self._of_scores(features, hidden, y)
         if categories.shape[1]:
-            log_likelihood = log_likelihood + self._of_categories(hidden, categories)
+            of_categories = self._of_categories(features, hidden, categories)
+            log_likelihood = log_likelihood + of_categories
         return log_likelihood
 
     def _of_scores(self, features: Tensor, hidden: Tensor, y: Tensor) -> Tensor:
@@ -299,15 +307,16 @@ class IndependentLikelihood(nn.Module):
             degrees_of_freedom, location, log_scale.exp(), validate_args=False
         )
 
-    def _of_categories(self, hidden: Tensor, categories: Tensor) -> Tensor:
-        log_prob = self._categorical(hidden).log_prob(categories.clamp_min(0))
-        return log_prob.where(categories >= 0, 0.0).sum(-1)
-
-    def _categorical(self, hidden: Tensor) -> Categorical:
+    def _of_categories(
+        self, features: Tensor, hidden: Tensor, categories: Tensor
+    ) -> Tensor:
         impossible = cast(Tensor, self.impossible)
-        logits = self.logits(hidden).unflatten(-1, impossible.shape)
+        logits = self.logits(hidden) + self.logistic(features)
+        logits = logits.unflatten(-1, impossible.shape)
         logits = logits.masked_fill(impossible, -torch.inf)
-        return Categorical(logits=logits, validate_args=False)
+        categorical = Categorical(logits=logits, validate_args=False)
+        log_prob = categorical.log_prob(categories.clamp_min(0))
+        return log_prob.where(categories >= 0, 0.0).sum(-1)
 
 
 class CorrelatedLikelihood(IndependentLikelihood):
@@ -323,6 +332,7 @@ class CorrelatedLikelihood(IndependentLikelihood):
         z: Standardised parameters of shape `(num_simulations, num_parameters)`.
         y: Scores of shape `(num_simulations, num_scores)`, two or more.
         outputs: What gave the scores, with the values of discrete outputs.
+        logistic: Logistic regressions of the discrete outputs.
         dropout: Dropout probability.
         hidden_features: Width of the two hidden layers.
     """
@@ -334,10 +344,11 @@ class CorrelatedLikelihood(IndependentLikelihood):
         z: Tensor,
         y: Tensor,
         outputs: Outputs,
+        logistic: LogisticRegressions,
         dropout: float,
         hidden_features: int = 64,
     ) -> None:
-        super().__init__(z, y, outputs, dropout, hidden_features)
+        super().__init__(z, y, outputs, logistic, dropout, hidden_features)
         pairs = torch.tril_indices(y.shape[1], y.shape[1], -1, device=y.device)
         self.register_buffer("pairs", pairs)
         self.coefficients = _zero_layer(hidden_features, pairs.shape[1])

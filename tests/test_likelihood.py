@@ -327,8 +327,14 @@ def test_probabilities_of_all_values_sum_to_one():
     at = PRIOR.sample((20, 1))
     y = torch.empty(6, 0)
     pairs = torch.tensor(list(itertools.product(range(2), range(3))))
-    before = member(at.expand(-1, 6, -1), y, pairs).exp()
-    torch.testing.assert_close(before, torch.full((20, 6), 1 / 6))
+    before = member(at.expand(-1, 6, -1), y, pairs)
+    # It starts as logistic regressions.
+    assert isinstance(member, IndependentLikelihood)
+    logits = member.logistic(member.features(at[:, 0])).unflatten(-1, (2, 3))
+    coin, value = logits[:, 0, :2].log_softmax(-1), logits[:, 1].log_softmax(-1)
+    expected = coin[:, pairs[:, 0]] + value[:, pairs[:, 1]]
+    assert expected.exp().std(0).min() > 0.01
+    torch.testing.assert_close(before, expected)
     randomize(member)
     probabilities = member(at.expand(-1, 6, -1), y, pairs).exp()
     assert probabilities.std(0).min() > 0.01  # they depend on the parameters
