@@ -47,5 +47,5 @@ def test_resampling_by_itself_repeats_most(monkeypatch):
     rows = pd.DataFrame(repetitions.run("slcp", 200, 1)).set_index("variant")
     repeated = rows.pop("repeated")
     others = repeated.drop("resampling alone")
-    assert repeated["resampling alone"] > 0.05 > 2 * others.max()
+    assert repeated["resampling alone"] > 0.1 > 1.5 * others.max()
     assert rows["c2st"].between(0.3, 1).all()
