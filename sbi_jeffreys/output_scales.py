@@ -32,7 +32,7 @@ from sbi_jeffreys.features import normal_score_table
 from sbi_jeffreys.response_surface import second_order_terms
 
 # Simulations that are enough to tell, and that are too few.
-MAX_SIMULATIONS = 4_000
+MAX_SIMULATIONS = 2_000
 MIN_SIMULATIONS = 40
 # Ridge penalties among which leave-one-out errors choose, for every output alone.
 PENALTIES = np.logspace(-2, 5, 15)
