@@ -790,6 +790,51 @@ def test_what_is_said_of_the_scale_is_what_the_rows_say():
     assert (alarms["calibration"] == 0).all()
 
 
+def test_what_is_said_of_the_scales_of_outputs_is_what_the_rows_say(c2st):
+    folder = REPORTS / "output_scales_1000"
+    rows = pd.read_csv(folder / "results.csv")
+    now = rows.pivot_table("c2st", ["task", "seed", "observation"], "method")
+    both = now.join(c2st.add_suffix(" before"), how="inner").groupby("task").mean()
+    readme, page = text_of("README.md"), text_of("docs/when_not_to_use.md")
+
+    def said(tasks, of="jeffreys_refined"):
+        before = f"{of} before"
+        return ", ".join(
+            f"{task} {both.loc[task, of]:.3f} (was {both.loc[task, before]:.3f})"
+            for task in tasks
+        )
+
+    refined, before = both["jeffreys_refined"], both["jeffreys_refined before"]
+    change = (refined - before).sort_values()
+    losses = said(change[change > 0.0005].index)
+    assert (
+        f"gains more than 0.01 on {said(change[change < -0.01].index)}, and" in readme
+    )
+    assert f"loses on {losses}; its" in readme
+    assert f"worse than before on {losses}, though" in page
+    assert f"its mean over {len(both)} tasks is {refined.mean():.3f}" in readme
+    assert f"with the same seeds of this table {before.mean():.3f} (" in readme
+    change = both["jeffreys"] - both["jeffreys before"]
+    assert f"the flow on {said(change[change > 0.005].index, 'jeffreys')}." in page
+    report = (folder / "report.md").read_text()
+    for task in both.index:
+        cells = both.loc[task]
+        assert (
+            f"{cells['jeffreys_refined']:.3f} | {cells['jeffreys_refined before']:.3f} "
+            f"| {cells['jeffreys']:.3f} | {cells['jeffreys before']:.3f} |"
+        ) in report
+    losses = pd.read_csv(folder / "rows.csv").pivot_table(
+        "loss", ["variant", "model"], "task"
+    )
+    losses["mean"] = losses.mean(axis=1)
+    lines = report.splitlines()
+    for keys, values in zip(losses.index, losses.to_numpy(), strict=True):
+        cells = dict(zip(losses.columns, values, strict=True))
+        (line,) = (e for e in lines if e.startswith(f"| {' | '.join(keys)} | "))
+        shown = sorted(line.strip("| ").split(" | ")[2:])
+        assert shown == sorted(f"{cell:.2f}" for cell in cells.values())
+
+
 def test_c2st_agrees_with_scikit_learns_as_the_page_says():
     rows = pd.read_csv(REPORTS / "c2st_accuracy/rows.csv")
     differences = np.stack([rows[f"ours_{s}"] - rows[f"sklearn_{s}"] for s in (1, 2)])
