@@ -823,6 +823,16 @@ def test_what_is_said_of_the_scales_of_outputs_is_what_the_rows_say(c2st):
             f"{cells['jeffreys_refined']:.3f} | {cells['jeffreys_refined before']:.3f} "
             f"| {cells['jeffreys']:.3f} | {cells['jeffreys before']:.3f} |"
         ) in report
+    of_10000 = pd.read_csv(folder / "results_10000.csv").groupby("method")["c2st"]
+    more = of_10000.mean()
+    assert of_10000.size().tolist() == [10, 10]
+    assert f"With the surrogates of today it has {more['jeffreys_refined']:.3f}" in (
+        readme
+    )
+    assert (
+        f"the refined posterior has {more['jeffreys_refined']:.3f} there and the flow "
+        f"{more['jeffreys']:.3f}"
+    ) in page
     losses = pd.read_csv(folder / "rows.csv").pivot_table(
         "loss", ["variant", "model"], "task"
     )
