@@ -42,6 +42,8 @@ from sbi_jeffreys.output_scales import prefers_normal_scores
 MAX_OUTPUTS = 200
 # With more, the pairs of them are.
 MAX_CORRELATED = 32
+# Width of the two hidden layers.
+HIDDEN_FEATURES = 64
 # Bound of the logarithm of the scales, in units of the residuals.
 MAX_LOG_SCALE = 6.0
 # Degrees of freedom that the tails of the outputs begin with.
@@ -83,13 +85,20 @@ class SurrogateLikelihoods(nn.Module):
         # Scores are spread, as those that members learn from.
         y, categories = self.outputs(x)
         values = cast(Tensor, self.outputs.values)
-        logistic = LogisticRegressions(Features(z), z, categories, values.shape[1])
+        features = Features(z)
+        of_scores = ResidualCoordinates(y, z, features) if y.shape[1] else None
+        logistic = LogisticRegressions(features, z, categories, values.shape[1])
         members: List[nn.Module] = [
-            IndependentLikelihood(z, y, self.outputs, logistic, probability)
+            IndependentLikelihood(
+                features, of_scores, logistic, self.outputs, probability
+            )
             for probability in (0.0, dropout)
         ]
-        if 1 < y.shape[1] <= MAX_CORRELATED:
-            members.append(CorrelatedLikelihood(z, y, self.outputs, logistic, dropout))
+        if of_scores is not None and 1 < of_scores.numel <= MAX_CORRELATED:
+            correlated = CorrelatedLikelihood(
+                features, of_scores, logistic, self.outputs, dropout
+            )
+            members.append(correlated)
         if y.shape[1] > 1:
             members.append(FlowLikelihood(z, y))
         self.members = nn.ModuleList(members)
@@ -221,43 +230,41 @@ class IndependentLikelihood(nn.Module):
     the probabilities of their values, by logistic regressions and the same network.
 
     Args:
-        z: Standardised parameters of shape `(num_simulations, num_parameters)`.
-        y: Scores of the outputs, of shape `(num_simulations, num_scores)`.
-        outputs: What gave the scores, with the values of discrete outputs.
+        features: Features of the parameters.
+        coordinates: Ridge regression of the scores; none where there are no scores.
         logistic: Logistic regressions of the discrete outputs.
+        outputs: What gave the scores, with the values of discrete outputs.
         dropout: Dropout probability.
-        hidden_features: Width of the two hidden layers.
     """
 
     def __init__(
         self,
-        z: Tensor,
-        y: Tensor,
-        outputs: Outputs,
+        features: Features,
+        coordinates: Optional[ResidualCoordinates],
         logistic: LogisticRegressions,
+        outputs: Outputs,
         dropout: float,
-        hidden_features: int = 64,
     ) -> None:
         super().__init__()
-        num_scores, (num_discrete, num_categories) = y.shape[1], outputs.values.shape
-        self.features = Features(z)
+        num_discrete, num_categories = outputs.values.shape
+        self.features = features
         self.hidden = nn.Sequential(
-            nn.Linear(self.features.numel, hidden_features),
+            nn.Linear(features.numel, HIDDEN_FEATURES),
             nn.SiLU(),
             nn.Dropout(dropout),
-            nn.Linear(hidden_features, hidden_features),
+            nn.Linear(HIDDEN_FEATURES, HIDDEN_FEATURES),
             nn.SiLU(),
             nn.Dropout(dropout),
         )
-        self.coordinates = None
-        if num_scores:
-            self.coordinates = ResidualCoordinates(y, z, self.features)
-            self.location_and_scale = _zero_layer(hidden_features, 2 * num_scores)
+        self.coordinates = coordinates
+        if coordinates is not None:
+            num_scores = coordinates.numel
+            self.location_and_scale = _zero_layer(HIDDEN_FEATURES, 2 * num_scores)
             tails = torch.full((num_scores,), INITIAL_DEGREES_OF_FREEDOM - 2.0)
             self.tails = nn.Parameter(tails.expm1().log())  # softplus is its inverse
         if num_discrete:
             self.logistic = logistic
-            self.logits = _zero_layer(hidden_features, num_discrete * num_categories)
+            self.logits = _zero_layer(HIDDEN_FEATURES, num_discrete * num_categories)
             # Categories that an output does not have.
             self.register_buffer("impossible", outputs.values.isinf())
 
@@ -329,29 +336,27 @@ class CorrelatedLikelihood(IndependentLikelihood):
     factor in $\sigma$ and $B$: unlike a fixed whitening, they turn with the parameters.
 
     Args:
-        z: Standardised parameters of shape `(num_simulations, num_parameters)`.
-        y: Scores of shape `(num_simulations, num_scores)`, two or more.
-        outputs: What gave the scores, with the values of discrete outputs.
+        features: Features of the parameters.
+        coordinates: Ridge regression of the scores, of two or more.
         logistic: Logistic regressions of the discrete outputs.
+        outputs: What gave the scores, with the values of discrete outputs.
         dropout: Dropout probability.
-        hidden_features: Width of the two hidden layers.
     """
 
     pairs: Tensor
 
     def __init__(
         self,
-        z: Tensor,
-        y: Tensor,
-        outputs: Outputs,
+        features: Features,
+        coordinates: ResidualCoordinates,
         logistic: LogisticRegressions,
+        outputs: Outputs,
         dropout: float,
-        hidden_features: int = 64,
     ) -> None:
-        super().__init__(z, y, outputs, logistic, dropout, hidden_features)
-        pairs = torch.tril_indices(y.shape[1], y.shape[1], -1, device=y.device)
+        super().__init__(features, coordinates, logistic, outputs, dropout)
+        pairs = torch.tril_indices(coordinates.numel, coordinates.numel, -1)
         self.register_buffer("pairs", pairs)
-        self.coefficients = _zero_layer(hidden_features, pairs.shape[1])
+        self.coefficients = _zero_layer(HIDDEN_FEATURES, pairs.shape[1])
 
     def _log_density(self, features: Tensor, hidden: Tensor, u: Tensor) -> Tensor:
         student = self._student(features, hidden)
