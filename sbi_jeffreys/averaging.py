@@ -36,13 +36,16 @@ class WeightAverage:
 
     def __init__(self, module: Module, num_steps: int) -> None:
         self._parameters: List[Tensor] = [*module.parameters()]
-        self._num_steps = num_steps
-        self._count = 0
         self._averages: List[Tensor] = []
-        self.restart()
+        self.restart(num_steps)
 
-    def restart(self) -> None:
-        """Begin anew with the weights as they are."""
+    def restart(self, num_steps: int) -> None:
+        """Begin anew with the weights as they are.
+
+        Args:
+            num_steps: Number of optimiser steps that it reaches back at most from now.
+        """
+        self._num_steps = num_steps
         self._count = 0
         self._averages = [p.detach().clone() for p in self._parameters]
 
@@ -71,13 +74,16 @@ class WeightAverage:
             self._swap()
 
     def state(self) -> Dict[str, Any]:
-        """Return a copy of the averages, in the order of the parameters, and $t$."""
-        averages = [average.clone() for average in self._averages]
-        return {"averages": averages, "count": self._count}
+        """Return copies of the averages, in the parameters' order, $n$ and $t$."""
+        return {
+            "averages": [average.clone() for average in self._averages],
+            "num_steps": self._num_steps,
+            "count": self._count,
+        }
 
     def load_state(self, state: Dict[str, Any]) -> None:
         """Take what `state` returned, to the device of the module."""
-        self._count = state["count"]
+        self._num_steps, self._count = state["num_steps"], state["count"]
         self._averages = [
             average.to(parameter.device, copy=True)
             for average, parameter in zip(

@@ -8,6 +8,7 @@ monotone function of an output loses nothing, and neither depends on its units.
 
 from typing import Optional
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -97,6 +98,28 @@ class Features(nn.Module):
             infinite) have the score of the average.
         """
         return self._normal(self._flatten(x))
+
+    def from_standard_scores(self, scores: Tensor) -> Tensor:
+        """Return the outputs that have these standard scores.
+
+        Args:
+            scores: Of shape `(batch_dim, num_outputs)`.
+        """
+        return self.mean + self.scale * scores.clamp(-MAX_SCORE, MAX_SCORE)
+
+    def from_normal_scores(self, scores: Tensor) -> Tensor:
+        """Return continuous outputs that have these normal scores.
+
+        They are within the range of the simulations that the scores were made of.
+
+        Args:
+            scores: Of shape `(batch_dim, num_continuous)`.
+        """
+        drawn = np.empty(scores.shape)
+        knots, table = self.scores.cpu().numpy(), self.quantiles.cpu().numpy()
+        for j, column in enumerate(scores.T.cpu().numpy()):
+            drawn[:, j] = np.interp(column, knots[j], table[j])
+        return torch.from_numpy(drawn).to(scores)
 
     def _normal(self, flat: Tensor) -> Tensor:
         values = torch.where(flat.isnan(), self.mean, flat)

@@ -142,6 +142,36 @@ class SurrogateLikelihoods(nn.Module):
         y, categories = self.outputs(self._used(x))
         return -self.members[index](z[None], y, categories)[0]
 
+    @torch.no_grad()
+    def sample(self, theta: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+        r"""Draw outputs that simulations with these parameters might have had.
+
+        .. math:: x' \sim \textstyle\sum_k w_k \, \ell_k(x' \mid \theta) / \sum_k w_k
+
+        What a surrogate does not know of an output is left as it was: where it is
+        missing, or none that they are surrogates for.
+
+        Args:
+            theta: Parameters of shape `(batch_dim, num_parameters)`.
+            x: Simulation outputs of them, of shape `(batch_dim, num_outputs)`.
+            weights: Of the surrogates, of shape `(len(self),)`, not all of them zero.
+
+        Returns:
+            Of the shape of `x`.
+        """
+        z = _saturate(self.coordinates.standardize(theta))
+        drawn = x.clone()
+        which = torch.multinomial(weights, len(x), replacement=True)
+        used = cast(Optional[Tensor], self.used)
+        columns = torch.arange(x.shape[1]).to(x.device) if used is None else used
+        for k, member in enumerate(self.members):
+            rows = (which == k).nonzero().flatten()
+            if len(rows) > 0:
+                y, categories = member.sample(z[rows])  # type: ignore[operator]
+                of_member = self.outputs.inverse(self._used(x[rows]), y, categories)
+                drawn[rows[:, None], columns] = of_member
+        return drawn
+
     def _used(self, x: Tensor) -> Tensor:
         used = cast(Optional[Tensor], self.used)
         return x if used is None else x[:, used]
@@ -214,6 +244,32 @@ class Outputs(nn.Module):
             self.features.standard_scores(x),
         )
         return scores, categories
+
+    def inverse(self, x: Tensor, scores: Tensor, categories: Tensor) -> Tensor:
+        """Return outputs with these scores and categories, on their lattice.
+
+        Args:
+            x: Outputs of shape `(batch_dim, num_outputs)`, which stay where they are
+                missing, and where there is no category.
+            scores: Scores of shape `(batch_dim, num_continuous)`.
+            categories: Categories of shape `(batch_dim, num_discrete)`, or none.
+
+        Returns:
+            Of the shape of `x`.
+        """
+        drawn = x.clone()
+        drawn[:, self.continuous] = torch.where(
+            self.is_normal,
+            self.features.from_normal_scores(scores),
+            self.features.from_standard_scores(scores),
+        ).to(x)
+        on_lattice = self.spacing * (drawn / self.spacing).round()
+        drawn = torch.where(self.spacing > 0, on_lattice.to(x), drawn)
+        if categories.shape[1]:
+            values = self.values.expand(len(x), -1, -1)
+            of_categories = values.gather(2, categories.unsqueeze(2)).squeeze(2)
+            drawn[:, self.discrete] = of_categories.to(x)
+        return torch.where(x.isfinite() & drawn.isfinite(), drawn, x)
 
     def _spread(self, x: Tensor) -> Tensor:
         """Return outputs that are anywhere in the cell of their lattice."""
@@ -288,6 +344,28 @@ class IndependentLikelihood(nn.Module):
             log_likelihood = log_likelihood + of_categories
         return log_likelihood
 
+    def sample(self, z: Tensor) -> Tuple[Tensor, Tensor]:
+        """Draw scores and categories, as `Outputs` returns them.
+
+        Args:
+            z: Standardised parameters of shape `(batch_dim, num_parameters)`.
+        """
+        features = self.features(z)
+        hidden = self.hidden(features)
+        y = z.new_zeros(len(z), 0)
+        if self.coordinates is not None:
+            u = self._sample(features, hidden)
+            coordinates = self.coordinates
+            standardized = u @ coordinates.cholesky.T + coordinates.bias
+            y = standardized * coordinates.scale + coordinates.mean
+        categories = torch.zeros(len(z), 0, dtype=torch.long, device=z.device)
+        if hasattr(self, "logits"):
+            categories = self._categorical(features, hidden).sample()
+        return y, categories
+
+    def _sample(self, features: Tensor, hidden: Tensor) -> Tensor:
+        return self._student(features, hidden).sample()
+
     def _of_scores(self, features: Tensor, hidden: Tensor, y: Tensor) -> Tensor:
         coordinates = cast(ResidualCoordinates, self.coordinates)
         # Whitening is linear: of the scores it is done once, not for every parameter.
@@ -317,13 +395,16 @@ class IndependentLikelihood(nn.Module):
     def _of_categories(
         self, features: Tensor, hidden: Tensor, categories: Tensor
     ) -> Tensor:
+        categorical = self._categorical(features, hidden)
+        log_prob = categorical.log_prob(categories.clamp_min(0))
+        return log_prob.where(categories >= 0, 0.0).sum(-1)
+
+    def _categorical(self, features: Tensor, hidden: Tensor) -> Categorical:
         impossible = cast(Tensor, self.impossible)
         logits = self.logits(hidden) + self.logistic(features)
         logits = logits.unflatten(-1, impossible.shape)
         logits = logits.masked_fill(impossible, -torch.inf)
-        categorical = Categorical(logits=logits, validate_args=False)
-        log_prob = categorical.log_prob(categories.clamp_min(0))
-        return log_prob.where(categories >= 0, 0.0).sum(-1)
+        return Categorical(logits=logits, validate_args=False)
 
 
 class CorrelatedLikelihood(IndependentLikelihood):
@@ -365,6 +446,19 @@ class CorrelatedLikelihood(IndependentLikelihood):
         shift = torch.zeros_like(student.loc).index_add(-1, later, products)
         return student.log_prob(u - shift).sum(-1)
 
+    def _sample(self, features: Tensor, hidden: Tensor) -> Tensor:
+        student = self._student(features, hidden)
+        noise = student.sample() - student.loc
+        coefficients = noise.new_zeros(*noise.shape, noise.shape[-1])
+        later, earlier = self.pairs
+        coefficients[:, later, earlier] = self.coefficients(hidden)
+        # Of the deviations: u = B u + noise, with a strictly lower triangular B.
+        identity = torch.eye(noise.shape[-1]).to(noise)
+        deviations = torch.linalg.solve_triangular(
+            identity - coefficients, noise.unsqueeze(-1), upper=False
+        )
+        return student.loc + deviations.squeeze(-1)
+
 
 class FlowLikelihood(nn.Module):
     """sbi's masked autoregressive flow of the scores of continuous outputs.
@@ -390,6 +484,15 @@ class FlowLikelihood(nn.Module):
         shape = z.shape[:2]
         y = y.expand(*shape, -1).reshape(1, shape.numel(), -1)
         return self.flow.log_prob(y, z.flatten(0, 1)).reshape(shape)
+
+    def sample(self, z: Tensor) -> Tuple[Tensor, Tensor]:
+        """Draw scores, and no categories.
+
+        Args:
+            z: Standardised parameters of shape `(batch_dim, num_parameters)`.
+        """
+        none = torch.zeros(len(z), 0, dtype=torch.long, device=z.device)
+        return self.flow.sample((1,), z)[0], none  # type: ignore[arg-type]
 
 
 def has_likelihood(x: Tensor) -> bool:

@@ -21,10 +21,16 @@ from sbi_jeffreys.objective import (
     ProxySamples,
 )
 from sbi_jeffreys.partition import LogPartition
+from sbi_jeffreys.pooled_energy import PooledEnergy
 from sbi_jeffreys.sample_sets import VALIDATION_MULTIPLE, Part, SampleSets
 
 # Of the samples of the proxy that the flow learns from, so many are used in a step.
 NUM_PROXY_SAMPLES_PER_STEP = 2
+# Of a proxy with surrogates of the likelihood, which is sharper.
+NUM_POOLED_SAMPLES_PER_STEP = 4
+# Where there are fewer simulations, the flow follows such a proxy at outputs that its
+# surrogates imagine, too: so many in all. With two thousand it learns them by heart.
+NUM_CONDITIONS = 5000
 # The flow takes its step of the reverse divergence, with an inversion and two slopes
 # the dearest of all, in every second batch, twice as long.
 REVERSE_INTERVAL = 2
@@ -95,6 +101,13 @@ class Losses:
 
     # ------------------------------------------------------------------ in training
 
+    @property
+    def num_proxy_samples(self) -> int:
+        """Number of samples of the proxy that the flow learns from at every output."""
+        if self.estimator.pools:
+            return NUM_POOLED_SAMPLES_PER_STEP
+        return NUM_PROXY_SAMPLES_PER_STEP
+
     def of_flow(self, batch: Batch) -> Tensor:
         r"""Return $-\log p(\theta \mid x)$, or the flow's loss of atoms."""
         if self.atomic is None:
@@ -135,14 +148,20 @@ class Losses:
 
         Returns:
             The divergence from the simulations, and those of the models from each
-            other, weighted.
+            other, weighted, also by the calibration kernel.
         """
         if weight == 0:
             forward_kl = self.of_flow(batch)
             return Divergences(forward_kl), torch.zeros_like(forward_kl)
         (flow, proxy), objective = self.estimator.models, self.objective
+        if self.estimator.pools:
+            forward_kl = self.of_flow(batch)
+            x, samples = self._proxy_samples_anywhere(batch)
+            drawn = samples.subset(self.num_proxy_samples)
+            of_models = objective.forward_kl_to_proxy(flow, x, drawn)
+            return Divergences(forward_kl), weight * self.kernel(x) * of_models
         samples = self._proxy_samples_at(batch)
-        drawn = samples.subset(NUM_PROXY_SAMPLES_PER_STEP)
+        drawn = samples.subset(self.num_proxy_samples)
         if self.atomic is None:
             forward_kl, of_models = objective.forward_kls_of_flow(
                 flow, batch.theta, batch.x, drawn
@@ -155,7 +174,7 @@ class Losses:
                 flow, proxy, batch.x, samples.log_partition
             )
             of_models = of_models + REVERSE_INTERVAL * reverse_kl
-        return Divergences(forward_kl), weight * of_models
+        return Divergences(forward_kl), weight * self.kernel(batch.x) * of_models
 
     # -------------------------------------------------------- on validation simulations
 
@@ -274,6 +293,27 @@ class Losses:
         return self.samples.proxy_samples_at(
             models, batch.part, batch.position, lambda: self._outputs(batch.part)
         )
+
+    def _proxy_samples_anywhere(self, batch: Batch) -> Tuple[Tensor, ProxySamples]:
+        """Return outputs, as many as of a batch, and samples of the proxy at them.
+
+        Where there are few simulations, outputs that were imagined are among them.
+        """
+        theta, _ = self.simulations("training")
+        if len(theta) >= NUM_CONDITIONS:
+            return batch.x, self._proxy_samples_at(batch)
+        return self.samples.proxy_samples_at_imagined(
+            self.estimator.models, len(batch.x), self._imagine
+        )
+
+    def _imagine(self) -> Tensor:
+        """Return the outputs of all simulations, and such as there might be."""
+        proxy = self.estimator.proxy
+        assert isinstance(proxy, PooledEnergy)
+        theta, x = (part.to(self.device) for part in self.simulations("training"))
+        index = torch.randint(len(theta), (NUM_CONDITIONS - len(theta),))
+        drawn = proxy.likelihoods.sample(theta[index], x[index], proxy.weights[1:])
+        return torch.cat((x, drawn))
 
     def _outputs(self, part: Part) -> Tensor:
         """Return the outputs of the simulations that samples are kept for."""

@@ -17,8 +17,8 @@ after O. Ben-Dov and L. F. O. Chamon, "Adaptive Symmetrization of the KL Diverge
 .. math:: \lambda_1 D_1 + \lambda_2 D_2 + \lambda_3 D_3
 
 over both models, with the weights of `sbi_jeffreys.weights`. Of $D_2$ the flow lowers
-the symmetric form, $\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)$, see
-`sbi_jeffreys.stages`.
+the symmetric form, $\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)$, or the second
+term alone, see `sbi_jeffreys.stages`.
 """
 
 from dataclasses import dataclass, replace

@@ -46,7 +46,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 FORMAT = "sbi_jeffreys.JeffreysNPE"
 #: Increased whenever a file of before can no longer be read.
-FORMAT_VERSION = 11
+FORMAT_VERSION = 12
 
 # Parameters at which the prior of the file and that of the user are compared.
 NUM_PRIOR_CHECKS = 8
@@ -101,6 +101,7 @@ def capture(inference: "JeffreysNPE", epoch: int) -> Dict[str, Any]:
             name: dict(vars(samples))
             for name, samples in inference._samples.proxy_samples.items()
         },
+        "imagined": inference._samples.imagined,
         "random_state": random_state(inference._device),
     }
 
@@ -140,6 +141,10 @@ def restore_samples(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:
         name: ProxySamples(**_to(inference._device, samples))
         for name, samples in state["proxy_samples"].items()
     }
+    imagined = state["imagined"]
+    if imagined is not None:
+        imagined = imagined.to(inference._device)
+    inference._samples.imagined = imagined
 
 
 def _restore_best(inference: "JeffreysNPE", state: Dict[str, Any]) -> None:

@@ -34,10 +34,10 @@ VALIDATION_MULTIPLE = 8
 NUM_POOL_SAMPLES = 64
 MAX_POOL_SIZE = 4_000_000
 NUM_PROPOSAL_USES = 5
-# Samples of the proxy that the flow learns from: so many are drawn for every simulation
-# among the proposals that the proxy has learnt with, and after so many epochs among
-# twice a step's samples of the flow as it is then.
-DISTILLATION_EPOCHS = 50
+# Samples of the proxy that the flow learns from are drawn among the proposals that the
+# proxy has learnt with. A flow learns its samples by heart: when each has been used so
+# many times, others are drawn among twice a step's samples of the flow as it is then.
+NUM_PROXY_USES = 8
 DISTILLATION_MULTIPLE = 2
 NUM_PROXY_SAMPLES = 16
 # A proxy with surrogates of the likelihood is sharper than the flow that proposes its
@@ -63,6 +63,7 @@ class SampleSets:
     Attributes:
         proposals: Samples of flow and prior, by part.
         proxy_samples: Samples of the proxy, by part.
+        imagined: Outputs that those for training are of, `None` if of the simulations.
     """
 
     def __init__(self, objective: JeffreysObjective, device: str) -> None:
@@ -70,11 +71,22 @@ class SampleSets:
         self._device = device
         self.proposals: Dict[Part, Proposals] = {}
         self.proxy_samples: Dict[Part, ProxySamples] = {}
+        self.imagined: Optional[Tensor] = None
 
-    def renew(self, stage: Stage, epoch_of_stage: int) -> None:
-        """Forget, before an epoch of training, what has been used often enough."""
-        if epoch_of_stage > 0 and epoch_of_stage % DISTILLATION_EPOCHS == 0:
-            self.proxy_samples.pop("training", None)
+    def renew(self, stage: Stage, epoch_of_stage: int, num_per_epoch: int) -> None:
+        """Forget, before an epoch of training, what has been used often enough.
+
+        Args:
+            stage: The stage of the epoch.
+            epoch_of_stage: The number of epochs of the stage before.
+            num_per_epoch: Number of samples of the proxy that an epoch uses.
+        """
+        if epoch_of_stage > 0 and "training" in self.proxy_samples:
+            num_in_set = self.proxy_samples["training"].log_prob.numel()
+            num_epochs = max(1, NUM_PROXY_USES * num_in_set // num_per_epoch)
+            if epoch_of_stage % num_epochs == 0:
+                del self.proxy_samples["training"]
+                self.imagined = None
         if stage is Stage.PROXY and "training" in self.proposals:
             num_in_set = len(self.proposals["training"].log_ratio)
             num_epochs = NUM_PROPOSAL_USES * num_in_set
@@ -121,6 +133,28 @@ class SampleSets:
             samples = self.draw_proxy_samples(models, x(), part, proposals)
             self.proxy_samples[part] = samples
         return self.proxy_samples[part].at(index)
+
+    def proxy_samples_at_imagined(
+        self, models: Models, num_conditions: int, imagine: Callable[[], Tensor]
+    ) -> Tuple[Tensor, ProxySamples]:
+        """Return random outputs of a set, and samples of the proxy at them.
+
+        Args:
+            models: Flow and proxy.
+            num_conditions: Number of outputs to return.
+            imagine: Returns a set, which is taken if there is none.
+
+        Returns:
+            Outputs of shape `(num_conditions, *condition_shape)`, and the samples.
+        """
+        if self.imagined is None:
+            self.proposals.pop("training", None)  # they are at other outputs
+            self.imagined = imagine().to(self._device)
+            samples = self.draw_proxy_samples(models, self.imagined, "training")
+            self.proxy_samples["training"] = samples
+        index = torch.randint(len(self.imagined), (num_conditions,))
+        index = index.to(self._device)
+        return self.imagined[index], self.proxy_samples["training"].at(index)
 
     def draw_proposals(self, models: Models, x: Tensor, multiple: int) -> Proposals:
         """Draw samples of flow and prior.

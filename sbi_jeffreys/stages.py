@@ -20,7 +20,10 @@ class Stage(Enum):
       `sbi_jeffreys.pooled_energy`.
     - `DISTILLATION`: $\lambda_1 \mathrm{KL}(\pi \Vert p) + \lambda_2 \beta \tau \,
       [\mathrm{KL}(p \Vert q) + \mathrm{KL}(q \Vert p)]$ over the flow. Where the proxy
-      has surrogates of the likelihood, the first term has the weight $1 - \beta \tau$.
+      has surrogates of the likelihood, the first term has the weight $1 - \beta \tau$;
+      the flow then lowers $\mathrm{KL}(q \Vert p)$ alone, at outputs that the
+      surrogates imagine, too, where there are few simulations
+      (`sbi_jeffreys.losses.NUM_CONDITIONS`), for a number of steps at most.
 
     The preset `"fast"` ends with the proxy.
 

@@ -104,10 +104,13 @@ from sbi_jeffreys.weights import (
 # Simulations on which the proxy is validated.
 NUM_VALIDATION_SIMULATIONS = 500
 # Epochs in which the surrogates learn: they would go on to improve, ever more slowly.
-# With many simulations so many steps are enough, but not fewer epochs than these.
+# With many simulations so many steps are enough, but not fewer epochs than the last.
 MAX_LIKELIHOOD_EPOCHS = 400
 MAX_LIKELIHOOD_STEPS = 10_000
-MIN_LIKELIHOOD_EPOCHS = 50
+MIN_EPOCHS = 50
+# Steps in which the flow learns from a proxy with surrogates of the likelihood, or the
+# same number of epochs: it, too, would go on.
+MAX_POOLED_STEPS = 800
 # Steps without improvement after which a stage that sbi has not, or a candidate of the
 # flow, ends before `stop_after_epochs`; and epochs that it has in any case. Epochs of
 # many simulations have many steps, and are told apart by many simulations.
@@ -126,6 +129,9 @@ LEARNING_RATE = 2e-3
 # Epochs over which weights are averaged, in steps of the optimiser. Longer averages lag
 # behind and are stopped before they have caught up.
 NUM_AVERAGED_EPOCHS = 5
+# Of a flow that learns from a proxy with surrogates of the likelihood: samples of the
+# proxy are more than simulations, and their steps go on for long.
+NUM_POOLED_AVERAGED_STEPS = 100
 # `_best` holds surrogates of the likelihood under this name and their index.
 LIKELIHOOD_PREFIX = "likelihood "
 # Times in a row that an epoch is tried again after it turned NaN or infinite.
@@ -745,9 +751,7 @@ class JeffreysNPE(NPE):
         self._stop_after_epochs = train_config.stop_after_epochs
         self._validation_loader = val_loader
         self._estimator.to(self._device)  # sbi does so later; averages stay where made
-        self._average = WeightAverage(
-            self._estimator, max(1, NUM_AVERAGED_EPOCHS * len(train_loader))
-        )
+        self._average = WeightAverage(self._estimator, self._num_averaged_steps)
         # To look for them among the modules takes longer than many a step's work.
         models = self._estimator.models
         self._parameters = {model: [*model.parameters()] for model in models}
@@ -763,6 +767,7 @@ class JeffreysNPE(NPE):
             self._best = {}
             self._samples = SampleSets(self.objective, self._device)
             self._stage, self._stage_start = Stage.FLOW, 0
+            self._average.restart(self._num_averaged_steps)
             self._candidate_start, self._best_of_candidate = 0, (math.inf, -1)
             self._max_num_epochs = train_config.max_num_epochs
             self._num_skipped_steps = 0
@@ -939,7 +944,7 @@ class JeffreysNPE(NPE):
         self._num_retries += 1
         if self._num_retries > 1 and failed is None:
             self._restore_best()  # the last complete epoch was no good start
-            self._average.restart()
+            self._average.restart(self._num_averaged_steps)
         for group in self.optimizer.param_groups:
             group["lr"] /= 2**self._num_retries
         start = "last" if self._num_retries == 1 or failed is not None else "best"
@@ -1006,7 +1011,11 @@ class JeffreysNPE(NPE):
         loss_args: Optional[LossArgs],
     ) -> float:
         epoch_of_stage = self.epoch - self._stage_start
-        self._samples.renew(self._stage, epoch_of_stage)
+        self._samples.renew(
+            self._stage,
+            epoch_of_stage,
+            self._losses.num_proxy_samples * len(self.train_indices),
+        )
         for model in self._standing_still:
             model.eval()  # what is drawn and normalised in passing stands still, too
         for group in self.optimizer.param_groups:
@@ -1023,9 +1032,9 @@ class JeffreysNPE(NPE):
             )
             if divergences.forward_kl is not None:
                 assert_all_finite(divergences.forward_kl, "JeffreysNPE loss")
-            lagrangian = self._lagrangian(divergences) + of_models
             kernel = self._losses.kernel(batch.x)
-            if self._step((kernel * lagrangian).mean(), clip_max_norm):
+            lagrangian = kernel * self._lagrangian(divergences) + of_models
+            if self._step(lagrangian.mean(), clip_max_norm):
                 self._average.update()
             else:  # one bad batch must not cost the network
                 self._num_skipped_steps += 1
@@ -1046,7 +1055,7 @@ class JeffreysNPE(NPE):
 
         Returns:
             The divergences, and those of the models from each other that the flow
-            lowers, weighted.
+            lowers, weighted, also by the calibration kernel.
         """
         losses = self._losses
         if self._stage is Stage.DISTILLATION:
@@ -1071,6 +1080,14 @@ class JeffreysNPE(NPE):
         ]
 
     @property
+    def _num_averaged_steps(self) -> int:
+        """Steps over which weights are averaged."""
+        num_steps = max(1, NUM_AVERAGED_EPOCHS * self._num_batches)
+        if self._stage is Stage.DISTILLATION and self._estimator.pools:
+            return max(num_steps, NUM_POOLED_AVERAGED_STEPS)
+        return num_steps
+
+    @property
     def _patience(self) -> int:
         """Epochs without improvement after which a stage, or a candidate, ends."""
         is_sbis = self._stage is Stage.FLOW and not isinstance(
@@ -1085,10 +1102,14 @@ class JeffreysNPE(NPE):
         return min(longest, max(MIN_PATIENCE, enough))
 
     @property
-    def _max_likelihood_epochs(self) -> int:
-        """Epochs after which the surrogates of the likelihood have learnt enough."""
-        enough = math.ceil(MAX_LIKELIHOOD_STEPS / self._num_batches)
-        return min(MAX_LIKELIHOOD_EPOCHS, max(MIN_LIKELIHOOD_EPOCHS, enough))
+    def _max_epochs_of_stage(self) -> float:
+        """Epochs after which the models of a stage have learnt enough."""
+        if self._stage is Stage.LIKELIHOOD:
+            enough = math.ceil(MAX_LIKELIHOOD_STEPS / self._num_batches)
+            return min(MAX_LIKELIHOOD_EPOCHS, max(MIN_EPOCHS, enough))
+        if self._stage is Stage.DISTILLATION and self._estimator.pools:
+            return max(MIN_EPOCHS, math.ceil(MAX_POOLED_STEPS / self._num_batches))
+        return math.inf
 
     def _last_improvement(self, name: str) -> int:
         """Epoch of this stage in which a model was at its best, or that before it."""
@@ -1125,8 +1146,7 @@ class JeffreysNPE(NPE):
         if divergences.likelihood_loss is not None:
             return divergences.likelihood_loss
         dual_variables = self._weights.dual_variables.tolist()
-        has_likelihoods = self._estimator.likelihoods is not None
-        if self._stage is Stage.DISTILLATION and has_likelihoods:
+        if self._stage is Stage.DISTILLATION and self._estimator.pools:
             # The network has learnt from the simulations what the flow has; the
             # surrogates of the likelihood have learnt more.
             dual_variables[0] *= self._weights.forward_share
@@ -1288,7 +1308,7 @@ class JeffreysNPE(NPE):
         self._losses.forget_standing()
         self._is_new = False
         self.optimizer.state.clear()
-        self._average.restart()
+        self._average.restart(self._num_averaged_steps)
         proxy = self._estimator.proxy
         if following is Stage.PROXY and isinstance(proxy, PooledEnergy):
             proxy.reset_weights()  # its network learns by itself
@@ -1458,9 +1478,7 @@ class JeffreysNPE(NPE):
             share = self._max_num_epochs / len(self._stages)
         num_epochs = epoch - self._stage_start
         is_cut = not stagnates and num_epochs >= share
-        if self._stage is Stage.LIKELIHOOD:
-            share = min(share, self._max_likelihood_epochs)
-        is_over = num_epochs >= share
+        is_over = num_epochs >= min(share, self._max_epochs_of_stage)
         flow = self._estimator.flow
         if self._is_new and isinstance(flow, FlowCandidates) and share < math.inf:
             is_cut = not stagnates and epoch - start >= max(1, share // len(flow))

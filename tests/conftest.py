@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sbi_jeffreys import trainer
+from sbi_jeffreys import losses, trainer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,7 +20,14 @@ def _deterministic(_one_thread):
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _few_conditions(monkeypatch):
+    """Small networks learn in seconds; to imagine thousands of outputs takes longer."""
+    monkeypatch.setattr(losses, "NUM_CONDITIONS", 200)
+
+
 @pytest.fixture
 def without_averaging(monkeypatch):
     """Let epochs be judged by the weights that they end with, which are known."""
     monkeypatch.setattr(trainer, "NUM_AVERAGED_EPOCHS", 0)
+    monkeypatch.setattr(trainer, "NUM_POOLED_AVERAGED_STEPS", 0)

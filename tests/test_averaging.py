@@ -122,11 +122,31 @@ def test_state_is_a_copy_in_both_directions():
     average.load_state(state)
     average.update()
     assert same(state, before)
-    average.restart()
+    average.restart(num_steps=3)
     for got, wanted in zip(
         average.state()["averages"], weights_of(module), strict=True
     ):
         assert torch.equal(got, wanted)
+
+
+def test_restarted_it_reaches_back_as_far_as_it_is_told():
+    module = nn.Linear(2, 2)
+    average = WeightAverage(module, num_steps=50)
+    state = average.state()
+    average.restart(num_steps=1)
+    for _ in range(20):
+        move(module)
+        average.update()
+    for got, wanted in zip(
+        average.state()["averages"], weights_of(module), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+    average.load_state(state)
+    for _ in range(20):
+        move(module)
+        average.update()
+    averages = average.state()["averages"]
+    assert not torch.allclose(averages[0], weights_of(module)[0], atol=1e-3)
 
 
 def simulate(num):

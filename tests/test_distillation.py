@@ -27,10 +27,13 @@ from sbi_jeffreys import (
     AdaptiveWeights,
     FixedWeights,
     JeffreysObjective,
+    energy_nn,
+    losses,
     sample_sets,
 )
 from sbi_jeffreys.base_measure import make_base_measure
 from sbi_jeffreys.energy import ConditionalEnergy
+from sbi_jeffreys.losses import Batch
 from sbi_jeffreys.objective import Divergences
 from sbi_jeffreys.stages import Stage
 from sbi_jeffreys.weights import ValidationDivergences
@@ -189,12 +192,18 @@ def test_fixed_weights_ask_for_all_of_it():
 def test_the_share_counts_in_the_last_stage_only():
     inference = make()
     train(inference, 2, simulate())
-    weights = inference._weights
+    weights, proxy = inference._weights, inference._estimator.proxy
     weights.forward_share = 0.25
     weights.dual_variables = torch.tensor([2.0, 3.0, 5.0])
     loss = torch.tensor([1.0, -4.0])
-    for stage, expected in ((Stage.FLOW, 2 * loss), (Stage.DISTILLATION, loss / 2)):
+    # Nor where the proxy is its network alone, which knows no more than the flow.
+    for stage, weight, expected in (
+        (Stage.FLOW, 0.5, 2 * loss),
+        (Stage.DISTILLATION, 0.5, loss / 2),
+        (Stage.DISTILLATION, 0.0, 2 * loss),
+    ):
         inference._stage = stage
+        proxy.weights[1] = weight
         assert torch.equal(inference._lagrangian(Divergences(loss)), expected)
     assert weights.dual_variables.tolist() == [2.0, 3.0, 5.0]
 
@@ -207,10 +216,95 @@ def small() -> Any:
     return make(weights="fixed", objective=JeffreysObjective(4, 4))
 
 
+def following(monkeypatch, num_conditions):
+    """Return a training that ended in its last stage, and where the flow followed."""
+    monkeypatch.setattr(losses, "NUM_CONDITIONS", num_conditions)
+    inference, followed = small(), []
+    of_models = inference.objective.forward_kl_to_proxy
+
+    def recording(flow, x, samples):
+        if torch.is_grad_enabled():  # else on validation simulations
+            followed.append((x, samples))
+        return of_models(flow, x, samples)
+
+    monkeypatch.setattr(inference.objective, "forward_kl_to_proxy", recording)
+    train(inference, 14, simulate(150))
+    assert inference.summary["stage"][-2:] == ["distillation"] * 2
+    assert inference._estimator.pools
+    return inference, followed
+
+
+def rows(x):
+    return {tuple(row) for row in x.tolist()}
+
+
+def test_few_simulations_are_filled_up_by_imagined_ones(monkeypatch):
+    inference, followed = following(monkeypatch, 400)
+    _, x = inference._simulations_of("training")
+    imagined = inference._samples.imagined
+    assert imagined is not None and imagined.shape == (400, x.shape[1])
+    assert torch.equal(imagined[: len(x)], x)
+    assert not rows(imagined[len(x) :]) & rows(x)
+    # They are where those of the simulations are.
+    assert (imagined.mean(0) - x.mean(0)).abs().max() < 0.5 * x.std(0).min()
+    ratio = imagined[len(x) :].std(0) / x.std(0)
+    assert ratio.min() > 0.7 and ratio.max() < 1.4
+    # The flow follows the proxy at all of them, with samples of the proxy there.
+    assert {len(x) for x, _ in followed} == {40}
+    seen = set().union(*(rows(x) for x, _ in followed))
+    assert seen < rows(imagined)
+    assert len(seen & rows(x)) > 20 and len(seen - rows(x)) > 50
+    proxy = inference._estimator.proxy
+    with torch.no_grad():
+        for outputs, samples in followed:
+            assert len(samples.theta) == losses.NUM_POOLED_SAMPLES_PER_STEP
+            log_q = proxy.log_unnormalized(samples.theta, outputs)
+            torch.testing.assert_close(
+                samples.log_prob + samples.log_partition, log_q, atol=1e-3, rtol=1e-4
+            )
+
+
+def test_of_many_simulations_none_are_imagined(monkeypatch):
+    inference, followed = following(monkeypatch, 135)
+    _, x = inference._simulations_of("training")
+    assert len(x) == 135 and inference._samples.imagined is None
+    assert set().union(*(rows(x) for x, _ in followed)) <= rows(x)
+
+
+def test_a_network_alone_imagines_nothing():
+    inference = make(
+        weights="fixed", energy_estimator=energy_nn(8, 1, likelihood="none")
+    )
+    train(inference, 10, simulate(90))
+    assert inference.summary["stage"][-1] == "distillation"
+    assert not inference._estimator.pools and inference._samples.imagined is None
+
+
+def test_the_calibration_kernel_counts_at_imagined_outputs(monkeypatch):
+    inference, _ = following(monkeypatch, 400)
+    training = inference._losses
+    training.kernel = lambda x: (x[:, 0] > 0).float()
+    theta, x = inference._simulations_of("training")
+    batch = Batch(theta[:40], x[:40], torch.ones(40, 1), "training", torch.arange(40))
+    torch.manual_seed(5)
+    divergences, of_models = training.of_following_flow(batch, 0.5, False)
+    training.kernel = lambda x: torch.ones(len(x))
+    torch.manual_seed(5)
+    unweighted = training.of_following_flow(batch, 0.5, False)[1]
+    torch.manual_seed(5)
+    outputs, _ = training._proxy_samples_anywhere(batch)
+    kept = outputs[:, 0] > 0
+    assert 0 < kept.sum() < 40
+    assert not of_models[~kept].any()
+    torch.testing.assert_close(of_models[kept], unweighted[kept])
+    # Of the simulations' own losses the trainer takes care.
+    assert divergences.forward_kl is not None and divergences.forward_kl.all()
+
+
 def test_resumed_within_the_stage_as_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # unpickled trainers log where they are
     # The proxy's samples are drawn as the stage begins and anew after two epochs.
-    monkeypatch.setattr(sample_sets, "DISTILLATION_EPOCHS", 2)
+    monkeypatch.setattr(sample_sets, "NUM_PROXY_USES", 0.5)
     data, whole, part = simulate(90), small(), small()
     train(whole, 16, data)
     assert whole.summary["stage"][12:] == ["distillation"] * 4

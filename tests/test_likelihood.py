@@ -314,6 +314,106 @@ def test_flow_is_sbis_at_every_pair():
     torch.testing.assert_close(log_l, expected, atol=1e-4, rtol=1e-4)
 
 
+# ------------------------------------------------------------- outputs that are drawn
+
+
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_scores_are_drawn_from_the_density(index):
+    """Expectations of bounded functions are those of quadrature."""
+    theta, x = simulations()
+    surrogates = randomize(build(theta, x[:, :2]), 0.1)
+    member = surrogates.members[index]
+    at = torch.tensor([[0.7, -0.4]])
+    with torch.no_grad():
+        y, categories = member.sample(at.expand(40_000, -1))  # type: ignore[operator]
+    assert categories.shape == (40_000, 0)
+    width = 5 * y.std(0).max().item() + y.abs().mean(0).max().item()
+    points, _ = grid(-width, width, 500, 2)
+    with torch.no_grad():
+        log_l = torch.cat(
+            [
+                member(
+                    at.expand(1, len(part), -1), part.float(), categories[: len(part)]
+                )
+                for part in points.split(50_000)
+            ],
+            1,
+        )
+    weights = torch.softmax(log_l[0].double(), 0)
+    unit = y.std(0)
+
+    def functions(scores):
+        u = torch.tanh(scores / unit)
+        return torch.stack((u[:, 0], u[:, 1], u[:, 0] ** 2, u[:, 0] * u[:, 1]), 1)
+
+    expected = weights @ functions(points)
+    drawn = functions(y).double()
+    error = drawn.std(0) / math.sqrt(len(drawn))
+    assert ((drawn.mean(0) - expected).abs() < 4 * error + 1e-3).all()
+
+
+def test_categories_are_drawn_with_their_probabilities():
+    theta, x = mixed()
+    surrogates = randomize(build(theta, x))
+    member, _ = independent(surrogates)
+    at = torch.tensor([[0.7, -0.4]])
+    with torch.no_grad():
+        _, categories = member.sample(at.expand(20_000, -1))
+        features = member.features(at)
+        hidden = member.hidden(features)
+        probabilities = member._categorical(features, hidden).probs[0]
+    for j in range(categories.shape[1]):
+        shares = torch.bincount(categories[:, j], minlength=probabilities.shape[1])
+        shares = shares / 20_000
+        error = (probabilities[j] * (1 - probabilities[j]) / 20_000).sqrt()
+        assert ((shares - probabilities[j]).abs() <= 4 * error + 1e-6).all()
+
+
+def test_outputs_come_back_from_their_scores():
+    """Up to the ends of the tables; lattices are hit, and what is missing stays."""
+    theta, x = mixed()
+    outputs = Outputs(x, theta).eval()
+    inside = ((x > x.quantile(0.01, 0)) & (x < x.quantile(0.99, 0))) | (
+        outputs.spacing == 0
+    )
+    y, categories = outputs(x)
+    back = outputs.inverse(torch.zeros_like(x), y, categories)
+    known = inside.all(1)
+    assert known.float().mean() > 0.9
+    torch.testing.assert_close(back[known], x[known], atol=1e-3, rtol=1e-4)
+    assert torch.equal(back[known][:, [0, 3, 4]], x[known][:, [0, 3, 4]])
+    missing = x.clone()
+    missing[::2, 1], missing[1::2, 3] = torch.nan, torch.inf
+    back = outputs.inverse(missing, y, categories)
+    assert torch.equal(back.isfinite(), missing.isfinite())
+    # A maf has no categories: they are left as they are.
+    none = torch.empty(len(x), 0, dtype=torch.long)
+    assert torch.equal(outputs.inverse(x, y - 1, none)[:, [0, 3]], x[:, [0, 3]])
+
+
+def test_outputs_are_drawn_about_those_of_the_parameters():
+    """Trained on nothing, they are already near the simulator's where it is linear."""
+    theta, x = simulations(2000)
+    noise = torch.randn(len(theta), 1)
+    surrogates = build(theta, torch.cat((x, noise), 1), used=torch.tensor([0, 2]))
+    surrogates.eval()
+    outputs = torch.cat((x, noise), 1)
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.0])
+    drawn = surrogates.sample(theta, outputs, weights)
+    # Those that they are no surrogates for stay.
+    assert torch.equal(drawn[:, [1, 3]], outputs[:, [1, 3]])
+    own = drawn[:, [0, 2]]
+    assert not (own == x[:, [0, 2]]).any()
+    residual = own - (theta @ MIXING.T)[:, [0, 2]]
+    expected = (NOISE @ NOISE.T)[[0, 2]][:, [0, 2]]
+    covariance = torch.cov(residual.T)
+    scale = expected.diagonal().sqrt()
+    scale = scale[:, None] * scale
+    # Student's t of eight degrees of freedom has a third more variance.
+    ratio = covariance / scale
+    assert ((ratio - 8 / 6 * expected / scale).abs() < 0.25).all()
+
+
 def few_values(num=400):
     """Return parameters and outputs that have two and three values."""
     theta, x = mixed(num)

@@ -26,6 +26,7 @@ from sbi_jeffreys import (
     JeffreysObjective,
     NoTracker,
     energy_nn,
+    losses,
     sample_sets,
     trainer,
 )
@@ -247,27 +248,32 @@ def test_with_many_steps_an_epoch_patience_is_shorter(likelihood, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_batches", "patience", "epochs"),
+    ("num_batches", "patience", "of_likelihoods", "of_following"),
     [
-        (1, 80, 400),  # a few hundred simulations: so many steps as with a thousand
-        (2, 40, 400),
-        (3, 20, 400),
-        (4, 20, 400),
-        (25, 16, 400),
-        (45, 9, 223),
-        (450, 5, 50),
+        # a few hundred simulations: so many steps as with a thousand
+        (1, 80, 400, 800),
+        (2, 40, 400, 400),
+        (3, 20, 400, 267),
+        (4, 20, 400, 200),
+        (25, 16, 400, 50),
+        (45, 9, 223, 50),
+        (450, 5, 50, 50),
     ],
 )
-def test_patience_in_steps(num_batches, patience, epochs):
+def test_patience_in_steps(num_batches, patience, of_likelihoods, of_following):
     inference = make()
     train(inference, 2)
+    inference._estimator.proxy.weights[1] = 0.5
     inference._num_batches, inference._stop_after_epochs = num_batches, 20
-    assert inference._max_likelihood_epochs == epochs
     for stage in Stage:
         inference._stage = stage
+        limits = {Stage.LIKELIHOOD: of_likelihoods, Stage.DISTILLATION: of_following}
+        assert inference._max_epochs_of_stage == limits.get(stage, math.inf)
         assert inference._patience == (20 if stage is Stage.FLOW else patience)
     inference._stop_after_epochs = 3
     assert inference._patience == {1: 12, 2: 6}.get(num_batches, 3)
+    inference._estimator.proxy.weights[1:] = 0  # its network alone goes on
+    assert inference._max_epochs_of_stage == math.inf
 
 
 def test_surrogates_of_the_likelihood_stop_by_themselves():
@@ -452,9 +458,11 @@ def test_the_proxy_is_judged_by_samples_that_did_not_choose_it(likelihood):
     )
 
 
-@pytest.mark.parametrize("likelihood", ["auto", "none"])
-def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch, likelihood):
-    monkeypatch.setattr(sample_sets, "DISTILLATION_EPOCHS", 2)
+@pytest.mark.parametrize(("likelihood", "num_uses"), [("auto", 1), ("none", 0.25)])
+def test_what_is_drawn_serves_as_long_as_it_holds(monkeypatch, likelihood, num_uses):
+    """Two epochs, of which each uses four samples of eight, or two of sixteen."""
+    monkeypatch.setattr(losses, "NUM_CONDITIONS", 0)
+    monkeypatch.setattr(sample_sets, "NUM_PROXY_USES", num_uses)
     monkeypatch.setattr(sample_sets, "NUM_MOVES", 0)
     inference = make(
         weights="fixed", energy_estimator=energy_nn(8, 1, likelihood=likelihood)
