@@ -18,6 +18,7 @@ of $x$ alone. Surrogates are proposal free: parameters may come from any proposa
 Likelihood-free Inference with Autoregressive Flows", AISTATS 2019.
 """
 
+import math
 from typing import List, Optional, Sequence, Tuple, cast
 
 import torch
@@ -48,6 +49,8 @@ HIDDEN_FEATURES = 64
 MAX_LOG_SCALE = 6.0
 # Degrees of freedom that the tails of the outputs begin with.
 INITIAL_DEGREES_OF_FREEDOM = 8.0
+# Of the independent outputs' likelihood in those of the other surrogates.
+SHARE_OF_BROAD = 0.01
 # Log likelihoods are bounded: those of parameters far from all simulations are guesses.
 MAX_LOG_LIKELIHOOD = 1e4
 
@@ -58,7 +61,12 @@ class SurrogateLikelihoods(nn.Module):
     They err in different ways, and what they have in common is more often true: one
     with independent outputs about a smooth function, the same one with dropout, and,
     where there are two continuous outputs or more, one whose outputs are correlated,
-    as far as the parameters say, and sbi's masked autoregressive flow.
+    as far as the parameters say, and sbi's masked autoregressive flow. A flow may find
+    one simulation of a hundred all but impossible, and a pool with it: therefore each
+    is mixed with a little of the first, a defensive mixture [1].
+
+    [1] T. Hesterberg, "Weighted Average Importance Sampling and Defensive Mixture
+    Distributions", Technometrics 37, 1995.
 
     Args:
         theta: Parameters of shape `(num_simulations, num_parameters)`.
@@ -111,6 +119,9 @@ class SurrogateLikelihoods(nn.Module):
     ) -> Tensor:
         r"""Return $\log \ell_k(x \mid \theta)$, up to a constant for every $x$.
 
+        All but the first are mixed with a hundredth of that, $0.99 \, \ell_k + 0.01 \,
+        \ell_0$, whose tails are heavy.
+
         Args:
             theta: Parameters of shape `(sample_dim, batch_dim, num_parameters)`.
             x: Simulation outputs of shape `(batch_dim, num_outputs)`.
@@ -122,16 +133,29 @@ class SurrogateLikelihoods(nn.Module):
         which = range(len(self)) if which is None else which
         z = _saturate(self.coordinates.standardize(theta))
         y, categories = self.outputs(self._used(x))
-        members = [self.members[k] for k in which]
-        log_likelihoods = torch.stack([m(z, y, categories) for m in members])
-        return torch.nan_to_num(log_likelihoods, nan=-MAX_LOG_LIKELIHOOD).clamp(
-            -MAX_LOG_LIKELIHOOD, MAX_LOG_LIKELIHOOD
-        )
+        broad = cast(IndependentLikelihood, self.members[0])
+        of_broad = _bounded(broad(z, y, categories))
+        log_likelihoods = []
+        for k in which:
+            if k == 0:
+                log_likelihoods.append(of_broad)
+                continue
+            member, floor = self.members[k], of_broad
+            if isinstance(member, FlowLikelihood):
+                floor = _bounded(broad.log_prob_of_scores(z, y))
+            log_likelihoods.append(
+                torch.logaddexp(
+                    _bounded(member(z, y, categories)) + math.log1p(-SHARE_OF_BROAD),
+                    floor + math.log(SHARE_OF_BROAD),
+                )
+            )
+        return torch.stack(log_likelihoods)
 
     def loss(self, theta: Tensor, x: Tensor, index: int) -> Tensor:
         r"""Return $-\log \ell_k(x \mid \theta)$ of one surrogate, `(batch_dim,)`.
 
-        In training, outputs on a lattice are spread over its cells.
+        It is that of the surrogate by itself, from which it learns. In training,
+        outputs on a lattice are spread over its cells.
 
         Args:
             theta: Parameters of shape `(batch_dim, num_parameters)`.
@@ -344,6 +368,20 @@ class IndependentLikelihood(nn.Module):
             log_likelihood = log_likelihood + of_categories
         return log_likelihood
 
+    def log_prob_of_scores(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return the log density of the scores themselves, not of their whitening.
+
+        Args:
+            z: Standardised parameters, `(sample_dim, batch_dim, num_parameters)`.
+            y: Scores of shape `(batch_dim, num_scores)`, at least one.
+
+        Returns:
+            Of shape `(sample_dim, batch_dim)`.
+        """
+        assert self.coordinates is not None
+        no_categories = torch.empty(len(y), 0, dtype=torch.long, device=y.device)
+        return self(z, y, no_categories) + self.coordinates.log_abs_det(y)
+
     def sample(self, z: Tensor) -> Tuple[Tensor, Tensor]:
         """Draw scores and categories, as `Outputs` returns them.
 
@@ -504,6 +542,12 @@ def has_likelihood(x: Tensor) -> bool:
         x: Simulation outputs of shape `(num_simulations, *condition_shape)`.
     """
     return x.ndim == 2 and x.shape[1] <= MAX_OUTPUTS and bool((num_values(x) > 1).any())
+
+
+def _bounded(log_likelihood: Tensor) -> Tensor:
+    return torch.nan_to_num(log_likelihood, nan=-MAX_LOG_LIKELIHOOD).clamp(
+        -MAX_LOG_LIKELIHOOD, MAX_LOG_LIKELIHOOD
+    )
 
 
 def _saturate(z: Tensor) -> Tensor:

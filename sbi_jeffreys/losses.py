@@ -219,8 +219,10 @@ class Losses:
 
     def of_every_likelihood(self, batch: Batch) -> Tensor:
         r"""Return $-\log \ell_k(x \mid \theta)$ of all surrogates, `(K, batch_dim)`."""
-        assert self.estimator.likelihoods is not None
-        return -self.estimator.likelihoods(batch.theta.unsqueeze(0), batch.x)[:, 0]
+        likelihoods = self.estimator.likelihoods
+        assert likelihoods is not None
+        members = range(len(likelihoods))
+        return torch.stack([likelihoods.loss(batch.theta, batch.x, k) for k in members])
 
     def of_judged_proxy(self, batch: Batch) -> Divergences:
         """Return `of_proxy` with the partition function's bias taken off."""

@@ -20,10 +20,12 @@ def _deterministic(_one_thread):
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _few_conditions(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def _few_conditions():
     """Small networks learn in seconds; to imagine thousands of outputs takes longer."""
-    monkeypatch.setattr(losses, "NUM_CONDITIONS", 200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "NUM_CONDITIONS", 200)
+        yield
 
 
 @pytest.fixture

@@ -245,11 +245,12 @@ def poisoned_flow(times, how="nan"):
     return build
 
 
-# Two steps an epoch of these: three with the flow, six without and one with both.
+# Two steps an epoch of these: three with the flow, six without, and one in which it
+# learns from the simulations and, in the next call, at imagined outputs.
 @pytest.mark.parametrize(
     "how", ["nan", "parameters", "assertion", "parameters and setting"]
 )
-@pytest.mark.parametrize(("call", "epoch"), [(3, 1), (4, 1), (7, 9), (8, 9)])
+@pytest.mark.parametrize(("call", "epoch"), [(3, 1), (4, 1), (7, 9), (9, 9)])
 def test_a_flow_that_turns_nan_recovers(how, call, epoch):
     inference = make(density_estimator=poisoned_flow({call}, how))
     said = f"After {epoch} complete epochs.*NaN or infinite"
@@ -259,6 +260,14 @@ def test_a_flow_that_turns_nan_recovers(how, call, epoch):
     assert_sound(inference)
     lr = inference.optimizer.param_groups[0]["lr"]
     assert lr == pytest.approx(2.5e-3)
+
+
+def test_a_flow_that_is_nan_at_imagined_outputs_leaves_the_step_out():
+    inference = make(density_estimator=poisoned_flow({8}))
+    with pytest.warns(UserWarning, match="1 training steps had gradients"):
+        train(inference, 10, simulate())
+    assert_sound(inference)
+    assert inference.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3)
 
 
 @pytest.mark.parametrize(("call", "epoch"), [(5, 2), (7, 9)])
@@ -398,9 +407,9 @@ class PoisonedEnergy(EnergyNet):
         return f
 
 
-def poisoned_energy(times):
+def poisoned_energy(times, likelihood="auto"):
     PoisonedEnergy.calls, PoisonedEnergy.times = 0, times
-    build = energy_nn(8, 1, likelihood="auto")
+    build = energy_nn(8, 1, likelihood=likelihood)
 
     def build_poisoned(theta, x, prior):
         proxy = build(theta, x, prior)
@@ -412,13 +421,19 @@ def poisoned_energy(times):
 
 
 # Three epochs of the proxy, of two steps each; then the flow asks it for its slope in
-# every second step.
-@pytest.mark.parametrize(("call", "stage"), [(4, "proxy"), (7, "distillation")])
-def test_a_step_with_an_energy_that_is_nan_is_left_out(call, stage):
-    inference = make(energy_estimator=poisoned_energy({call}), weights="fixed")
+# every second step, if it is alone.
+@pytest.mark.parametrize(
+    ("call", "stage", "likelihood", "num_calls"),
+    [(4, "proxy", "auto", 6), (4, "proxy", "none", 8), (7, "distillation", "none", 8)],
+)
+def test_a_step_with_an_energy_that_is_nan_is_left_out(
+    call, stage, likelihood, num_calls
+):
+    energy = poisoned_energy({call}, likelihood)
+    inference = make(energy_estimator=energy, weights="fixed")
     with pytest.warns(UserWarning, match="1 training steps had gradients"):
-        train(inference, 11, simulate())
-    assert PoisonedEnergy.calls == 8
+        train(inference, 11 if likelihood == "auto" else 8, simulate())
+    assert PoisonedEnergy.calls == num_calls
     assert inference.summary["stage"].count(stage) == (3 if stage == "proxy" else 2)
     assert parameters(inference._neural_net).isfinite().all()
     assert math.isfinite(inference.summary["best_validation_loss"][-1])

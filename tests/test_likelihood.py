@@ -457,7 +457,7 @@ def test_missing_categories_are_summed_over():
             expected = surrogates(at.expand(-1, 3, -1), every).logsumexp(2)
             torch.testing.assert_close(log_l[:, :, side], expected)
     nothing = torch.full((1, 2), torch.nan)
-    assert (surrogates(at, nothing) == 0).all()
+    assert surrogates(at, nothing).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("value", [3.0, torch.nan, torch.inf])
@@ -469,7 +469,7 @@ def test_outputs_that_say_nothing_have_likelihood_one(value):
     assert len(alone) == 2
     at = PRIOR.sample((5, 300))
     for seen in (idle, torch.randn(300, 1)):
-        assert (alone(at, seen) == 0).all()
+        assert alone(at, seen).abs().max() < 1e-6
     # Nor do others heed it.
     both = build(theta, torch.cat((x[:, :2], idle), 1)).eval()
     expected = build(theta, x[:, :2]).eval()
@@ -544,7 +544,7 @@ def test_every_pair_is_evaluated_at_its_own_outputs():
 
 
 def test_which_picks_the_surrogates_in_order():
-    """Those asked for are returned, and no others are evaluated."""
+    """Those asked for are returned; beside the first no others are evaluated."""
     theta, x = mixed(300)
     surrogates = randomize(build(theta, x), 0.1)
     at = PRIOR.sample((2, 300))
@@ -557,14 +557,50 @@ def test_which_picks_the_surrogates_in_order():
 
 
 def test_loss_is_the_negative_log_likelihood():
-    """The loss of simulations is that of the surrogate it is asked of."""
+    """The loss of simulations is that of the surrogate it is asked of, alone."""
     theta, x = mixed(300)
     surrogates = randomize(build(theta, x), 0.1)
     log_l = surrogates(theta[None], x)
-    for k in range(3):
-        loss = surrogates.loss(theta, x, k)
-        assert loss.shape == (300,)
-        torch.testing.assert_close(-loss, log_l[k, 0])
+    losses = torch.stack([surrogates.loss(theta, x, k) for k in range(3)])
+    assert losses.shape == (3, 300)
+    torch.testing.assert_close(-losses[0], log_l[0, 0])
+    # All but the first are mixed with a hundredth of it.
+    mixtures = (0.99 * (-losses[1:].double()).exp()) + 0.01 * (
+        -losses[0].double()
+    ).exp()
+    torch.testing.assert_close(
+        mixtures.log().float(), log_l[1:3, 0], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_the_flow_is_mixed_with_a_density_of_the_same_scores():
+    """The mixture integrates to one, though the two are densities of other scores."""
+
+    class Same(Outputs):
+        def forward(self, x):
+            return x, torch.empty(len(x), 0, dtype=torch.long)
+
+    theta, x = simulations()
+    surrogates = build(theta, x[:, :2])
+    surrogates.outputs.__class__ = Same
+    _, coordinates = independent(surrogates)
+    assert coordinates.log_abs_det(x[:1, :2]).abs() > 0.5  # else nothing is tested
+    points, cell = grid(-120, 120, 800, 2)
+    at = torch.tensor([[[0.5, -0.5]]])
+    surrogates.eval()
+    with torch.no_grad():
+        log_l = torch.cat([
+            surrogates(at.expand(1, len(part), -1), part.float(), [3])[0, 0]
+            for part in points.split(80_000)
+        ])
+        # Of the first all but alone: where the flow has nothing.
+        surrogates.members[3].forward = lambda z, y, c: torch.full(z.shape[:2], -1e9)
+        rest = torch.cat([
+            surrogates(at.expand(1, len(part), -1), part.float(), [3])[0, 0]
+            for part in points.split(80_000)
+        ])
+    assert log_integral(log_l.double(), cell).exp() == pytest.approx(1.0, abs=3e-3)
+    assert log_integral(rest.double(), cell).exp() == pytest.approx(0.01, abs=3e-4)
 
 
 @pytest.mark.parametrize(("num", "expected"), [(0, 4), (1, 3)])
@@ -612,10 +648,18 @@ def test_log_likelihoods_are_bounded():
     """What is not a number is unlikely, and nothing is certain."""
     theta, x = simulations(300)
     surrogates = build(theta, x)
-    surrogates.members[1] = Answers([torch.nan, torch.inf, -torch.inf, 1e6, -1e6, 3.0])
+    answers = [torch.nan, torch.inf, -torch.inf, 1e6, -1e6, 3.0]
     high = MAX_LOG_LIKELIHOOD
-    expected = torch.tensor([[[-high, high, -high, high, -high, 3.0]]])
-    assert torch.equal(surrogates(theta[None, :6], x[:6], [1]), expected)
+    bounded = torch.tensor([[-high, high, -high, high, -high, 3.0]])
+    for of_first, others in ((answers, bounded), ([-20.0] * 6, torch.tensor(-20.0))):
+        surrogates.members[0], surrogates.members[1] = (
+            Answers(of_first),
+            Answers(answers),
+        )
+        first, second = surrogates(theta[None, :6], x[:6], [0, 1])
+        assert torch.equal(first, others.expand(1, 6))
+        expected = torch.logaddexp(bounded + math.log(0.99), others + math.log(0.01))
+        torch.testing.assert_close(second, expected)
 
 
 def test_far_parameters_and_outputs_are_finite():

@@ -539,9 +539,10 @@ SCRIPT = """
 import os, signal, sys, torch
 from sbi.neural_nets import posterior_nn
 from sbi.utils import BoxUniform
-from sbi_jeffreys import JeffreysNPE, NoTracker, energy_nn, persistence
+from sbi_jeffreys import JeffreysNPE, NoTracker, energy_nn, losses, persistence
 
 torch.set_num_threads(1)
+losses.NUM_CONDITIONS = 200  # as in conftest.py
 path, killed_at = sys.argv[1], int(sys.argv[2])
 persistence.CHECKPOINT_TIME_SHARE = 1e9  # after every epoch
 prior = BoxUniform(-2 * torch.ones(2), 2 * torch.ones(2))
@@ -857,9 +858,10 @@ def test_another_version(saved, tmp_path):
     # version 3 no surrogates of the likelihood; version 4 had synthetic conditions, and
     # version 5 energies without a bound; version 6 saw all outputs; version 7 had flows
     # without a scale, and version 8 normal scores of standard scores; version 9 did not
-    # say the preset, and version 10 had no correlated surrogates.
+    # say the preset; version 10 had no correlated surrogates, and version 11 no outputs
+    # that they imagine.
     assert persistence.FORMAT_VERSION == 12
-    for version in (12, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, None):
+    for version in (13, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, None):
         torch.save({**content, "version": version, "written_by": "9.9.9"}, path)
         assert_refused(path, f"format version {version}.*sbi_jeffreys 9.9.9")
 

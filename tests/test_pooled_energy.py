@@ -387,7 +387,11 @@ def test_energy_is_the_weighted_sum_of_the_factors(weights):
     z = 10 * torch.tanh(proxy.likelihoods.coordinates.standardize(theta) / 10)
     y, categories = proxy.likelihoods.outputs(x)
     parts = [proxy.net(theta, x)]
-    parts += [member(z, y, categories) for member in proxy.likelihoods.members]
+    first, *others = (m(z, y, categories) for m in proxy.likelihoods.members)
+    parts += [first, *(torch.log(0.99 * o.exp() + 0.01 * first.exp()) for o in others)]
+    # The flow's is a density of the scores, and the first one of their whitening.
+    broad = first + proxy.likelihoods.members[0].coordinates.log_abs_det(y)
+    parts[-1] = torch.log(0.99 * others[-1].exp() + 0.01 * broad.exp())
     expected = sum(w * part for w, part in zip(weights, parts, strict=True))
     proxy.weights.copy_(torch.tensor(weights))
     f = proxy(theta, x)
