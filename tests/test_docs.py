@@ -845,6 +845,51 @@ def test_what_is_said_of_the_scales_of_outputs_is_what_the_rows_say(c2st):
         assert shown == sorted(f"{cell:.2f}" for cell in cells.values())
 
 
+def test_what_is_said_of_imagined_outputs_is_what_the_rows_say():
+    folder = REPORTS / "imagined_1000"
+    key = ["task", "seed", "observation"]
+    now, before = (
+        pd.read_csv(REPORTS / name / "results.csv").pivot_table("c2st", key, "method")
+        for name in ("imagined_1000", "output_scales_1000")
+    )
+    both = now.join(before.add_suffix(" before"), how="inner")
+    assert len(both) == len(now)
+    both = both.groupby("task").mean()
+    readme, report = text_of("README.md"), (folder / "report.md").read_text()
+
+    def said(of, sign):
+        change = sign * (both[of] - both[f"{of} before"])
+        change = change[change > 0.005].sort_values(ascending=False)
+        pairs = both[[of, f"{of} before"]].loc[change.index]
+        listed = (f"{task} {a:.3f} (was {b:.3f})" for task, a, b in pairs.itertuples())
+        return ", ".join(listed) or "none"
+
+    mean = both.mean()
+    for of, name in (("jeffreys", "flow"), ("jeffreys_refined", "refined posterior")):
+        assert (
+            f"the {name} gains on {said(of, -1)}, and loses on {said(of, 1)}" in readme
+        )
+        figures = f"{mean[of]:.3f} (was {mean[f'{of} before']:.3f})"
+        assert f"{figures}, the" in readme or f"{figures}. By" in readme
+    assert (
+        f"the flow's mean over {len(both)} tasks is {mean['jeffreys']:.3f} (" in readme
+    )
+    for _, cells in both.iterrows():
+        assert (
+            f"{cells['jeffreys_refined']:.3f} | {cells['jeffreys_refined before']:.3f} "
+            f"| {cells['jeffreys']:.3f} | {cells['jeffreys before']:.3f} |"
+        ) in report
+    losses = pd.read_csv(folder / "rows.csv").pivot_table(
+        "loss", ["variant", "model"], "task"
+    )
+    losses["mean"] = losses.mean(axis=1)
+    lines = report.splitlines()
+    for keys, values in zip(losses.index, losses.to_numpy(), strict=True):
+        (line,) = (e for e in lines if e.startswith(f"| {' | '.join(keys)} | "))
+        shown = sorted(line.strip("| ").split(" | ")[2:])
+        assert shown == sorted(f"{value:.2f}" for value in values)
+
+
 def test_c2st_agrees_with_scikit_learns_as_the_page_says():
     rows = pd.read_csv(REPORTS / "c2st_accuracy/rows.csv")
     differences = np.stack([rows[f"ours_{s}"] - rows[f"sklearn_{s}"] for s in (1, 2)])
