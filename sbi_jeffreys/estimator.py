@@ -64,12 +64,6 @@ class JeffreysEstimator(ConditionalDensityEstimator):
         return self.proxy.likelihoods if isinstance(self.proxy, PooledEnergy) else None
 
     @property
-    def pools(self) -> bool:
-        """Whether surrogates of the likelihood have a weight in the proxy."""
-        proxy = self.proxy
-        return isinstance(proxy, PooledEnergy) and bool(proxy.weights[1:].any())
-
-    @property
     def exponent(self) -> float:
         r"""Exponent $\beta$ of the refined posterior, see `sbi_jeffreys.refinement`."""
         return self._exponent.item()

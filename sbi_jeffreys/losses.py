@@ -104,7 +104,7 @@ class Losses:
     @property
     def num_proxy_samples(self) -> int:
         """Number of samples of the proxy that the flow learns from at every output."""
-        if self.estimator.pools:
+        if self.estimator.likelihoods is not None:
             return NUM_POOLED_SAMPLES_PER_STEP
         return NUM_PROXY_SAMPLES_PER_STEP
 
@@ -154,7 +154,7 @@ class Losses:
             forward_kl = self.of_flow(batch)
             return Divergences(forward_kl), torch.zeros_like(forward_kl)
         (flow, proxy), objective = self.estimator.models, self.objective
-        if self.estimator.pools:
+        if self.estimator.likelihoods is not None:
             forward_kl = self.of_flow(batch)
             x, samples = self._proxy_samples_anywhere(batch)
             drawn = samples.subset(self.num_proxy_samples)
@@ -312,9 +312,12 @@ class Losses:
         """Return the outputs of all simulations, and such as there might be."""
         proxy = self.estimator.proxy
         assert isinstance(proxy, PooledEnergy)
+        weights = proxy.weights[1:]
+        if not weights.any():  # none adds to the network, but outputs they have alike
+            weights = torch.ones_like(weights)
         theta, x = (part.to(self.device) for part in self.simulations("training"))
         index = torch.randint(len(theta), (NUM_CONDITIONS - len(theta),))
-        drawn = proxy.likelihoods.sample(theta[index], x[index], proxy.weights[1:])
+        drawn = proxy.likelihoods.sample(theta[index], x[index], weights)
         return torch.cat((x, drawn))
 
     def _outputs(self, part: Part) -> Tensor:

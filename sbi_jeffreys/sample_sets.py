@@ -149,9 +149,9 @@ class SampleSets:
         """
         if self.imagined is None:
             self.proposals.pop("training", None)  # they are at other outputs
-            self.imagined = imagine().to(self._device)
-            samples = self.draw_proxy_samples(models, self.imagined, "training")
-            self.proxy_samples["training"] = samples
+            imagined = imagine().to(self._device)
+            samples = self.draw_proxy_samples(models, imagined, "training")
+            self.imagined, self.proxy_samples["training"] = imagined, samples
         index = torch.randint(len(self.imagined), (num_conditions,))
         index = index.to(self._device)
         return self.imagined[index], self.proxy_samples["training"].at(index)

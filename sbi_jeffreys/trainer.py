@@ -1083,7 +1083,7 @@ class JeffreysNPE(NPE):
     def _num_averaged_steps(self) -> int:
         """Steps over which weights are averaged."""
         num_steps = max(1, NUM_AVERAGED_EPOCHS * self._num_batches)
-        if self._stage is Stage.DISTILLATION and self._estimator.pools:
+        if self._stage is Stage.DISTILLATION and self._has_likelihoods:
             return max(num_steps, NUM_POOLED_AVERAGED_STEPS)
         return num_steps
 
@@ -1107,7 +1107,7 @@ class JeffreysNPE(NPE):
         if self._stage is Stage.LIKELIHOOD:
             enough = math.ceil(MAX_LIKELIHOOD_STEPS / self._num_batches)
             return min(MAX_LIKELIHOOD_EPOCHS, max(MIN_EPOCHS, enough))
-        if self._stage is Stage.DISTILLATION and self._estimator.pools:
+        if self._stage is Stage.DISTILLATION and self._has_likelihoods:
             return max(MIN_EPOCHS, math.ceil(MAX_POOLED_STEPS / self._num_batches))
         return math.inf
 
@@ -1146,7 +1146,7 @@ class JeffreysNPE(NPE):
         if divergences.likelihood_loss is not None:
             return divergences.likelihood_loss
         dual_variables = self._weights.dual_variables.tolist()
-        if self._stage is Stage.DISTILLATION and self._estimator.pools:
+        if self._stage is Stage.DISTILLATION and self._has_likelihoods:
             # The network has learnt from the simulations what the flow has; the
             # surrogates of the likelihood have learnt more.
             dual_variables[0] *= self._weights.forward_share
@@ -1158,6 +1158,10 @@ class JeffreysNPE(NPE):
             if divergence is not None
         ]
         return torch.stack(terms).sum(0)
+
+    @property
+    def _has_likelihoods(self) -> bool:
+        return self._estimator.likelihoods is not None
 
     @property
     def _flow_weight(self) -> float:

@@ -190,22 +190,21 @@ def test_fixed_weights_ask_for_all_of_it():
 
 
 def test_the_share_counts_in_the_last_stage_only():
-    inference = make()
-    train(inference, 2, simulate())
-    weights, proxy = inference._weights, inference._estimator.proxy
-    weights.forward_share = 0.25
-    weights.dual_variables = torch.tensor([2.0, 3.0, 5.0])
     loss = torch.tensor([1.0, -4.0])
-    # Nor where the proxy is its network alone, which knows no more than the flow.
-    for stage, weight, expected in (
-        (Stage.FLOW, 0.5, 2 * loss),
-        (Stage.DISTILLATION, 0.5, loss / 2),
-        (Stage.DISTILLATION, 0.0, 2 * loss),
+    # A network alone has learnt no more from the simulations than the flow.
+    for likelihood, stage, expected in (
+        ("auto", Stage.FLOW, 2 * loss),
+        ("auto", Stage.DISTILLATION, loss / 2),
+        ("none", Stage.DISTILLATION, 2 * loss),
     ):
+        inference = make(energy_estimator=energy_nn(8, 1, likelihood=likelihood))
+        train(inference, 2, simulate())
+        weights = inference._weights
+        weights.forward_share = 0.25
+        weights.dual_variables = torch.tensor([2.0, 3.0, 5.0])
         inference._stage = stage
-        proxy.weights[1] = weight
         assert torch.equal(inference._lagrangian(Divergences(loss)), expected)
-    assert weights.dual_variables.tolist() == [2.0, 3.0, 5.0]
+        assert weights.dual_variables.tolist() == [2.0, 3.0, 5.0]
 
 
 # ------------------------------------------------------------------------- in training
@@ -230,7 +229,6 @@ def following(monkeypatch, num_conditions):
     monkeypatch.setattr(inference.objective, "forward_kl_to_proxy", recording)
     train(inference, 14, simulate(150))
     assert inference.summary["stage"][-2:] == ["distillation"] * 2
-    assert inference._estimator.pools
     return inference, followed
 
 
@@ -277,7 +275,23 @@ def test_a_network_alone_imagines_nothing():
     )
     train(inference, 10, simulate(90))
     assert inference.summary["stage"][-1] == "distillation"
-    assert not inference._estimator.pools and inference._samples.imagined is None
+    assert inference._samples.imagined is None
+
+
+def test_surrogates_without_weight_imagine_alike(monkeypatch):
+    inference, _ = following(monkeypatch, 400)
+    asked = []
+    proxy = inference._estimator.proxy
+
+    def recording(theta, x, weights):
+        asked.append(weights.tolist())
+        return x
+
+    monkeypatch.setattr(proxy.likelihoods, "sample", recording)
+    for given in ([0.0, 0.5, 0.0, 0.2], [0.0] * 4):
+        proxy.weights[1:] = torch.tensor(given)
+        inference._losses._imagine()
+    assert asked == [pytest.approx([0.0, 0.5, 0.0, 0.2]), [1.0] * 4]
 
 
 def test_the_calibration_kernel_counts_at_imagined_outputs(monkeypatch):

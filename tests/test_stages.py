@@ -263,7 +263,6 @@ def test_with_many_steps_an_epoch_patience_is_shorter(likelihood, monkeypatch):
 def test_patience_in_steps(num_batches, patience, of_likelihoods, of_following):
     inference = make()
     train(inference, 2)
-    inference._estimator.proxy.weights[1] = 0.5
     inference._num_batches, inference._stop_after_epochs = num_batches, 20
     for stage in Stage:
         inference._stage = stage
@@ -272,8 +271,10 @@ def test_patience_in_steps(num_batches, patience, of_likelihoods, of_following):
         assert inference._patience == (20 if stage is Stage.FLOW else patience)
     inference._stop_after_epochs = 3
     assert inference._patience == {1: 12, 2: 6}.get(num_batches, 3)
-    inference._estimator.proxy.weights[1:] = 0  # its network alone goes on
-    assert inference._max_epochs_of_stage == math.inf
+    alone = make(energy_estimator=energy_nn(8, 1, likelihood="none"))
+    train(alone, 2)
+    alone._stage = Stage.DISTILLATION  # goes on
+    assert alone._max_epochs_of_stage == math.inf
 
 
 def test_surrogates_of_the_likelihood_stop_by_themselves():
