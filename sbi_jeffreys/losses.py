@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sbi_jeffreys.atomic import AtomicLosses
 from sbi_jeffreys.estimator import JeffreysEstimator
+from sbi_jeffreys.likelihood import MAX_LOG_LIKELIHOOD
 from sbi_jeffreys.objective import (
     Divergences,
     JeffreysObjective,
@@ -222,7 +223,11 @@ class Losses:
         likelihoods = self.estimator.likelihoods
         assert likelihoods is not None
         members = range(len(likelihoods))
-        return torch.stack([likelihoods.loss(batch.theta, batch.x, k) for k in members])
+        losses = [likelihoods.loss(batch.theta, batch.x, k) for k in members]
+        # What is not a number is unlikely, as in the proxy.
+        return torch.nan_to_num(torch.stack(losses), nan=MAX_LOG_LIKELIHOOD).clamp(
+            -MAX_LOG_LIKELIHOOD, MAX_LOG_LIKELIHOOD
+        )
 
     def of_judged_proxy(self, batch: Batch) -> Divergences:
         """Return `of_proxy` with the partition function's bias taken off."""
