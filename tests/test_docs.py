@@ -790,6 +790,19 @@ def test_what_is_said_of_the_scale_is_what_the_rows_say():
     assert (alarms["calibration"] == 0).all()
 
 
+def assert_has_table_of_losses(folder):
+    """Assert that a report of before and now has the nats of its rows."""
+    losses = pd.read_csv(folder / "rows.csv").pivot_table(
+        "loss", ["variant", "model"], "task"
+    )
+    losses["mean"] = losses.mean(axis=1)
+    lines = (folder / "report.md").read_text().splitlines()
+    for keys, values in zip(losses.index, losses.to_numpy(), strict=True):
+        (line,) = (e for e in lines if e.startswith(f"| {' | '.join(keys)} | "))
+        shown = sorted(line.strip("| ").split(" | ")[2:])
+        assert shown == sorted(f"{value:.2f}" for value in values)
+
+
 def test_what_is_said_of_the_scales_of_outputs_is_what_the_rows_say(c2st):
     folder = REPORTS / "output_scales_1000"
     rows = pd.read_csv(folder / "results.csv")
@@ -833,16 +846,7 @@ def test_what_is_said_of_the_scales_of_outputs_is_what_the_rows_say(c2st):
         f"the refined posterior has {more['jeffreys_refined']:.3f} there and the flow "
         f"{more['jeffreys']:.3f}"
     ) in page
-    losses = pd.read_csv(folder / "rows.csv").pivot_table(
-        "loss", ["variant", "model"], "task"
-    )
-    losses["mean"] = losses.mean(axis=1)
-    lines = report.splitlines()
-    for keys, values in zip(losses.index, losses.to_numpy(), strict=True):
-        cells = dict(zip(losses.columns, values, strict=True))
-        (line,) = (e for e in lines if e.startswith(f"| {' | '.join(keys)} | "))
-        shown = sorted(line.strip("| ").split(" | ")[2:])
-        assert shown == sorted(f"{cell:.2f}" for cell in cells.values())
+    assert_has_table_of_losses(folder)
 
 
 def test_what_is_said_of_imagined_outputs_is_what_the_rows_say():
@@ -879,15 +883,7 @@ def test_what_is_said_of_imagined_outputs_is_what_the_rows_say():
             f"{cells['jeffreys_refined']:.3f} | {cells['jeffreys_refined before']:.3f} "
             f"| {cells['jeffreys']:.3f} | {cells['jeffreys before']:.3f} |"
         ) in report
-    losses = pd.read_csv(folder / "rows.csv").pivot_table(
-        "loss", ["variant", "model"], "task"
-    )
-    losses["mean"] = losses.mean(axis=1)
-    lines = report.splitlines()
-    for keys, values in zip(losses.index, losses.to_numpy(), strict=True):
-        (line,) = (e for e in lines if e.startswith(f"| {' | '.join(keys)} | "))
-        shown = sorted(line.strip("| ").split(" | ")[2:])
-        assert shown == sorted(f"{value:.2f}" for value in values)
+    assert_has_table_of_losses(folder)
 
 
 def test_c2st_agrees_with_scikit_learns_as_the_page_says():
