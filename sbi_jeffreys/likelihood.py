@@ -134,7 +134,7 @@ class SurrogateLikelihoods(nn.Module):
         z = _saturate(self.coordinates.standardize(theta))
         y, categories = self.outputs(self._used(x))
         broad = cast(IndependentLikelihood, self.members[0])
-        of_broad = _bounded(broad(z, y, categories))
+        of_broad = bounded(broad(z, y, categories))
         log_likelihoods = []
         for k in which:
             if k == 0:
@@ -142,10 +142,14 @@ class SurrogateLikelihoods(nn.Module):
                 continue
             member, floor = self.members[k], of_broad
             if isinstance(member, FlowLikelihood):
-                floor = _bounded(broad.log_prob_of_scores(z, y))
+                # A density of the scores themselves, not of their whitening.
+                assert broad.coordinates is not None
+                if categories.shape[1]:
+                    floor = broad(z, y, categories[:, :0])
+                floor = bounded(floor + broad.coordinates.log_abs_det(y))
             log_likelihoods.append(
                 torch.logaddexp(
-                    _bounded(member(z, y, categories)) + math.log1p(-SHARE_OF_BROAD),
+                    bounded(member(z, y, categories)) + math.log1p(-SHARE_OF_BROAD),
                     floor + math.log(SHARE_OF_BROAD),
                 )
             )
@@ -368,20 +372,6 @@ class IndependentLikelihood(nn.Module):
             log_likelihood = log_likelihood + of_categories
         return log_likelihood
 
-    def log_prob_of_scores(self, z: Tensor, y: Tensor) -> Tensor:
-        """Return the log density of the scores themselves, not of their whitening.
-
-        Args:
-            z: Standardised parameters, `(sample_dim, batch_dim, num_parameters)`.
-            y: Scores of shape `(batch_dim, num_scores)`, at least one.
-
-        Returns:
-            Of shape `(sample_dim, batch_dim)`.
-        """
-        assert self.coordinates is not None
-        no_categories = torch.empty(len(y), 0, dtype=torch.long, device=y.device)
-        return self(z, y, no_categories) + self.coordinates.log_abs_det(y)
-
     def sample(self, z: Tensor) -> Tuple[Tensor, Tensor]:
         """Draw scores and categories, as `Outputs` returns them.
 
@@ -544,7 +534,8 @@ def has_likelihood(x: Tensor) -> bool:
     return x.ndim == 2 and x.shape[1] <= MAX_OUTPUTS and bool((num_values(x) > 1).any())
 
 
-def _bounded(log_likelihood: Tensor) -> Tensor:
+def bounded(log_likelihood: Tensor) -> Tensor:
+    """Return log likelihoods with a bound; what is not a number is unlikely."""
     return torch.nan_to_num(log_likelihood, nan=-MAX_LOG_LIKELIHOOD).clamp(
         -MAX_LOG_LIKELIHOOD, MAX_LOG_LIKELIHOOD
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sbi_jeffreys.atomic import AtomicLosses
 from sbi_jeffreys.estimator import JeffreysEstimator
-from sbi_jeffreys.likelihood import MAX_LOG_LIKELIHOOD
+from sbi_jeffreys.likelihood import bounded
 from sbi_jeffreys.objective import (
     Divergences,
     JeffreysObjective,
@@ -81,6 +81,7 @@ class Losses:
         simulations: Returns parameters and outputs of all simulations of a part.
         kernel: sbi's calibration kernel, the weights of simulations by their outputs.
         atomic: The losses where parameters come from a proposal, else `None`.
+        num_training: Number of simulations for training.
         num_judged: Number of validation simulations, the first of them, that the proxy
             is judged by; `None` for all.
     """
@@ -92,6 +93,7 @@ class Losses:
     simulations: Callable[[Part], Tuple[Tensor, Tensor]]
     kernel: Callable[[Tensor], Tensor]
     atomic: Optional[AtomicLosses]
+    num_training: int
     num_judged: Optional[int]
     _standing_flow: Optional[Tensor] = field(default=None, init=False)
     _standing_proxy: Optional[Tensor] = field(default=None, init=False)
@@ -224,10 +226,7 @@ class Losses:
         assert likelihoods is not None
         members = range(len(likelihoods))
         losses = [likelihoods.loss(batch.theta, batch.x, k) for k in members]
-        # What is not a number is unlikely, as in the proxy.
-        return torch.nan_to_num(torch.stack(losses), nan=MAX_LOG_LIKELIHOOD).clamp(
-            -MAX_LOG_LIKELIHOOD, MAX_LOG_LIKELIHOOD
-        )
+        return -bounded(-torch.stack(losses))
 
     def of_judged_proxy(self, batch: Batch) -> Divergences:
         """Return `of_proxy` with the partition function's bias taken off."""
@@ -306,8 +305,7 @@ class Losses:
 
         Where there are few simulations, outputs that were imagined are among them.
         """
-        theta, _ = self.simulations("training")
-        if len(theta) >= NUM_CONDITIONS:
+        if self.num_training >= NUM_CONDITIONS:
             return batch.x, self._proxy_samples_at(batch)
         return self.samples.proxy_samples_at_imagined(
             self.estimator.models, len(batch.x), self._imagine

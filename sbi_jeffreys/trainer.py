@@ -985,6 +985,7 @@ class JeffreysNPE(NPE):
             self._simulations_of,
             partial(_weights_of_simulations, loss_args.calibration_kernel),
             atomic,
+            num_training=len(self.train_indices),
             # Atoms are told apart in whole batches.
             num_judged=None if self._round > 0 else NUM_VALIDATION_SIMULATIONS,
         )
