@@ -86,7 +86,7 @@ class SurrogateLikelihoods(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("used", used)
-        x = self._used(x)
+        theta, x = theta[:MAX_SIMULATIONS], self._used(x[:MAX_SIMULATIONS])
         self.coordinates = coordinates
         z = _saturate(coordinates.standardize(theta))
         self.outputs = Outputs(x, z)
@@ -131,10 +131,10 @@ class SurrogateLikelihoods(nn.Module):
             Of shape `(len(which), sample_dim, batch_dim)`.
         """
         which = range(len(self)) if which is None else which
-        z = _saturate(self.coordinates.standardize(theta))
-        y, categories = self.outputs(self._used(x))
+        z, y, categories = self._scores(theta, x)
         broad = cast(IndependentLikelihood, self.members[0])
-        of_broad = bounded(broad(z, y, categories))
+        of_scores, of_categories = broad.parts(z, y, categories)
+        of_broad = bounded(of_scores + of_categories)
         log_likelihoods = []
         for k in which:
             if k == 0:
@@ -144,9 +144,7 @@ class SurrogateLikelihoods(nn.Module):
             if isinstance(member, FlowLikelihood):
                 # A density of the scores themselves, not of their whitening.
                 assert broad.coordinates is not None
-                if categories.shape[1]:
-                    floor = broad(z, y, categories[:, :0])
-                floor = bounded(floor + broad.coordinates.log_abs_det(y))
+                floor = bounded(of_scores + broad.coordinates.log_abs_det(y))
             log_likelihoods.append(
                 torch.logaddexp(
                     bounded(member(z, y, categories)) + math.log1p(-SHARE_OF_BROAD),
@@ -155,20 +153,19 @@ class SurrogateLikelihoods(nn.Module):
             )
         return torch.stack(log_likelihoods)
 
-    def loss(self, theta: Tensor, x: Tensor, index: int) -> Tensor:
-        r"""Return $-\log \ell_k(x \mid \theta)$ of one surrogate, `(batch_dim,)`.
+    def losses(self, theta: Tensor, x: Tensor, which: Sequence[int]) -> Tensor:
+        r"""Return $-\log \ell_k(x \mid \theta)$ of shape `(len(which), batch_dim)`.
 
-        It is that of the surrogate by itself, from which it learns. In training,
-        outputs on a lattice are spread over its cells.
+        They are those of the surrogates by themselves, from which these learn. In
+        training, outputs on a lattice are spread over its cells.
 
         Args:
             theta: Parameters of shape `(batch_dim, num_parameters)`.
             x: Simulation outputs of shape `(batch_dim, num_outputs)`.
-            index: The surrogate's.
+            which: Indices of the surrogates.
         """
-        z = _saturate(self.coordinates.standardize(theta))
-        y, categories = self.outputs(self._used(x))
-        return -self.members[index](z[None], y, categories)[0]
+        z, y, categories = self._scores(theta, x)
+        return -torch.stack([self.members[k](z[None], y, categories)[0] for k in which])
 
     @torch.no_grad()
     def sample(self, theta: Tensor, x: Tensor, weights: Tensor) -> Tensor:
@@ -176,8 +173,9 @@ class SurrogateLikelihoods(nn.Module):
 
         .. math:: x' \sim \textstyle\sum_k w_k \, \ell_k(x' \mid \theta) / \sum_k w_k
 
-        What a surrogate does not know of an output is left as it was: where it is
-        missing, or none that they are surrogates for.
+        They are those of the surrogates by themselves, as `losses` are. What one does
+        not know of an output is left as it was: where it is missing, or none that they
+        are surrogates for.
 
         Args:
             theta: Parameters of shape `(batch_dim, num_parameters)`.
@@ -199,6 +197,11 @@ class SurrogateLikelihoods(nn.Module):
                 of_member = self.outputs.inverse(self._used(x[rows]), y, categories)
                 drawn[rows[:, None], columns] = of_member
         return drawn
+
+    def _scores(self, theta: Tensor, x: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Return standardised parameters, scores and categories."""
+        z = _saturate(self.coordinates.standardize(theta))
+        return z, *self.outputs(self._used(x))
 
     def _used(self, x: Tensor) -> Tensor:
         used = cast(Optional[Tensor], self.used)
@@ -222,6 +225,8 @@ class Outputs(nn.Module):
     spacing: Tensor
     continuous: Tensor
     discrete: Tensor
+    lowest: Tensor
+    highest: Tensor
     values: Tensor
     is_normal: Tensor
 
@@ -235,6 +240,11 @@ class Outputs(nn.Module):
         for column in self.continuous.tolist():
             spacing[column] = _lattice_spacing(x[:, column].float())
         self.register_buffer("spacing", spacing)
+        known = x.isfinite()
+        lowest = torch.where(known, x, torch.inf).amin(0)
+        highest = torch.where(known, x, -torch.inf).amax(0)
+        self.register_buffer("lowest", lowest.to(spacing))
+        self.register_buffer("highest", highest.to(spacing))
         # Of spread counts: else half of the lowest cell would be beyond all scores.
         spread = self._spread(x)[:, continuous]
         # Of the largest numbers single precision may not hold what lies between.
@@ -274,7 +284,10 @@ class Outputs(nn.Module):
         return scores, categories
 
     def inverse(self, x: Tensor, scores: Tensor, categories: Tensor) -> Tensor:
-        """Return outputs with these scores and categories, on their lattice.
+        """Return outputs with these scores and categories.
+
+        They are within the range of the simulations, and on the lattice of these if it
+        is even.
 
         Args:
             x: Outputs of shape `(batch_dim, num_outputs)`, which stay where they are
@@ -291,8 +304,10 @@ class Outputs(nn.Module):
             self.features.from_normal_scores(scores),
             self.features.from_standard_scores(scores),
         ).to(x)
-        on_lattice = self.spacing * (drawn / self.spacing).round()
+        steps = ((drawn - self.lowest) / self.spacing).round()
+        on_lattice = self.lowest + self.spacing * steps
         drawn = torch.where(self.spacing > 0, on_lattice.to(x), drawn)
+        drawn = drawn.clamp(self.lowest, self.highest).to(x)
         if categories.shape[1]:
             values = self.values.expand(len(x), -1, -1)
             of_categories = values.gather(2, categories.unsqueeze(2)).squeeze(2)
@@ -362,15 +377,19 @@ class IndependentLikelihood(nn.Module):
             y: Scores of shape `(batch_dim, num_scores)`.
             categories: Categories of shape `(batch_dim, num_discrete)`.
         """
+        of_scores, of_categories = self.parts(z, y, categories)
+        return of_scores + of_categories
+
+    def parts(self, z: Tensor, y: Tensor, categories: Tensor) -> Tuple[Tensor, Tensor]:
+        r"""Return $\log \ell$ of the scores and of the categories, as `forward`."""
         features = self.features(z.flatten(0, 1)).unflatten(0, z.shape[:2])
         hidden = self.hidden(features)
-        log_likelihood = hidden.new_zeros(z.shape[:2])
+        of_scores = of_categories = hidden.new_zeros(z.shape[:2])
         if self.coordinates is not None:
-            log_likelihood = log_likelihood + self._of_scores(features, hidden, y)
+            of_scores = self._of_scores(features, hidden, y)
         if categories.shape[1]:
             of_categories = self._of_categories(features, hidden, categories)
-            log_likelihood = log_likelihood + of_categories
-        return log_likelihood
+        return of_scores, of_categories
 
     def sample(self, z: Tensor) -> Tuple[Tensor, Tensor]:
         """Draw scores and categories, as `Outputs` returns them.

@@ -8,6 +8,8 @@ learns what the regression leaves. The penalty is a standard normal prior of the
 coefficients, of features with a standard deviation of one.
 """
 
+import math
+
 import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -41,10 +43,13 @@ class LogisticRegressions(nn.Module):
         inputs = features(z)
         num_outputs = categories.shape[1]
         weight = inputs.new_zeros(num_outputs, num_categories, inputs.shape[1])
-        bias = inputs.new_zeros(num_outputs, num_categories)
+        # A value that is not among them has half a simulation.
+        rare = math.log(0.5 / max(1, len(z)))
+        bias = inputs.new_full((num_outputs, num_categories), rare)
         for output, column in enumerate(categories.T):
             known = column >= 0
             classes = column[known].unique()
+            bias[output, classes] = 0.0
             # Of a single value there is nothing to tell.
             if len(classes) < 2:
                 continue

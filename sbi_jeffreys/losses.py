@@ -126,8 +126,7 @@ class Losses:
         """
         likelihoods = self.estimator.likelihoods
         assert likelihoods is not None
-        losses = [likelihoods.loss(batch.theta, batch.x, k) for k in members]
-        return torch.stack(losses).sum(0)
+        return likelihoods.losses(batch.theta, batch.x, members).sum(0)
 
     def of_proxy(self, batch: Batch) -> Divergences:
         """Return the divergences that the proxy lowers."""
@@ -225,8 +224,7 @@ class Losses:
         likelihoods = self.estimator.likelihoods
         assert likelihoods is not None
         members = range(len(likelihoods))
-        losses = [likelihoods.loss(batch.theta, batch.x, k) for k in members]
-        return -bounded(-torch.stack(losses))
+        return -bounded(-likelihoods.losses(batch.theta, batch.x, members))
 
     def of_judged_proxy(self, batch: Batch) -> Divergences:
         """Return `of_proxy` with the partition function's bias taken off."""

@@ -46,7 +46,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 FORMAT = "sbi_jeffreys.JeffreysNPE"
 #: Increased whenever a file of before can no longer be read.
-FORMAT_VERSION = 12
+FORMAT_VERSION = 13
 
 # Parameters at which the prior of the file and that of the user are compared.
 NUM_PRIOR_CHECKS = 8

@@ -7,7 +7,7 @@ Conditions", Journal of the Royal Statistical Society B 13, 1951.
 import torch
 from torch import Tensor
 
-# Simulations for every term.
+# Simulations for every term, which may be fitted to half of them.
 SIMULATIONS_PER_TERM = 10
 # With more parameters than twenty their products are too many to be quick.
 MAX_TERMS = 230

@@ -23,7 +23,8 @@ class Stage(Enum):
       has surrogates of the likelihood, the first term has the weight $1 - \beta \tau$;
       the flow then lowers $\mathrm{KL}(q \Vert p)$ alone, at outputs that the
       surrogates imagine, too, where there are few simulations
-      (`sbi_jeffreys.losses.NUM_CONDITIONS`), for a number of steps at most.
+      (`sbi_jeffreys.losses.NUM_CONDITIONS`), for 800 steps or fifty epochs, whichever
+      are more.
 
     The preset `"fast"` ends with the proxy.
 

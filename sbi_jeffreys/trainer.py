@@ -108,8 +108,8 @@ NUM_VALIDATION_SIMULATIONS = 500
 MAX_LIKELIHOOD_EPOCHS = 400
 MAX_LIKELIHOOD_STEPS = 10_000
 MIN_EPOCHS = 50
-# Steps in which the flow learns from a proxy with surrogates of the likelihood, or the
-# same number of epochs: it, too, would go on.
+# Steps in which the flow learns from a proxy with surrogates of the likelihood, but not
+# fewer than `MIN_EPOCHS`: it, too, would go on.
 MAX_POOLED_STEPS = 800
 # Steps without improvement after which a stage that sbi has not, or a candidate of the
 # flow, ends before `stop_after_epochs`; and epochs that it has in any case. Epochs of

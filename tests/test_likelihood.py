@@ -122,9 +122,9 @@ def test_in_training_a_simulation_is_judged_by_a_regression_without_it():
     member, coordinates = independent(surrogates)
     hold_out(surrogates, True)
     with torch.no_grad():
-        loss = surrogates.loss(theta, x, 0)
+        loss = surrogates.losses(theta, x, [0])[0]
         surrogates.eval()
-        in_sample = surrogates.loss(theta, x, 0)
+        in_sample = surrogates.losses(theta, x, [0])[0]
         y, _ = surrogates.outputs(x)
         z = surrogates.coordinates.standardize(theta)
         phi = member.features(10 * torch.tanh(z / 10))
@@ -271,7 +271,7 @@ def test_correlated_scores_turn_with_the_parameters():
     for _ in range(8):
         surrogates.train()
         for batch in torch.randperm(len(theta)).split(200):
-            losses = [surrogates.loss(theta[batch], x[batch], k) for k in (0, 2)]
+            losses = list(surrogates.losses(theta[batch], x[batch], [0, 2]))
             optimizer.zero_grad()
             torch.stack(losses).sum(0).mean().backward()
             optimizer.step()
@@ -561,7 +561,7 @@ def test_loss_is_the_negative_log_likelihood():
     theta, x = mixed(300)
     surrogates = randomize(build(theta, x), 0.1)
     log_l = surrogates(theta[None], x)
-    losses = torch.stack([surrogates.loss(theta, x, k) for k in range(3)])
+    losses = surrogates.losses(theta, x, range(3))
     assert losses.shape == (3, 300)
     torch.testing.assert_close(-losses[0], log_l[0, 0])
     # All but the first are mixed with a hundredth of it.
@@ -623,10 +623,8 @@ def test_two_surrogates_have_dropout():
         result = []
         for mode in (True, False):
             surrogates.train(mode)
-            result += [
-                torch.equal(surrogates.loss(theta, x, k), surrogates.loss(theta, x, k))
-                for k in (0, 1, 2)
-            ]
+            twice = (surrogates.losses(theta, x, range(3)) for _ in range(2))
+            result += [torch.equal(*pair) for pair in zip(*twice, strict=True)]
         return result
 
     assert repeats(0.1) == [True, False, False] + 3 * [True]
@@ -639,6 +637,9 @@ class Answers(nn.Module):
     def __init__(self, answers):
         super().__init__()
         self.answers = torch.tensor([answers])
+
+    def parts(self, z, y, categories):
+        return self.answers, torch.zeros_like(self.answers)
 
     def forward(self, z, y, categories):
         return self.answers
@@ -824,9 +825,9 @@ def test_surrogates_survive_the_state_dict():
     other.load_state_dict(surrogates.state_dict())
     assert torch.equal(other(at, x), surrogates(at, x))
     torch.manual_seed(1)
-    loss = surrogates.train().loss(theta, x, 0)
+    loss = surrogates.train().losses(theta, x, [0])[0]
     torch.manual_seed(1)
-    assert torch.equal(other.train().loss(theta, x, 0), loss)
+    assert torch.equal(other.train().losses(theta, x, [0])[0], loss)
 
 
 def test_untrained_it_is_near_the_likelihood_of_a_linear_task():
@@ -899,9 +900,31 @@ def test_trained_it_is_near_the_likelihood_of_a_nonlinear_task():
     for _ in range(8):
         surrogates.train()
         for batch in torch.randperm(len(theta)).split(200):
-            losses = [surrogates.loss(theta[batch], x[batch], k) for k in range(4)]
+            losses = list(surrogates.losses(theta[batch], x[batch], range(4)))
             optimizer.zero_grad()
             torch.stack(losses).sum(0).mean().backward()
             optimizer.step()
     # What is left is their own, of few epochs: they err by a third of the difference.
     assert (errors() < 0.6 * before).all()
+
+
+def test_imagined_outputs_are_such_as_simulations_have():
+    """Within their range, and those on an even lattice on it."""
+    theta = torch.randn(900, 1)
+    counts = torch.poisson(20 * (0.7 * theta).exp()) + 0.5
+    positive = theta.square() + 0.5 + 0.2 * torch.rand_like(theta)
+    x = torch.cat((counts, positive), 1)
+    x[0, 0] = torch.nan
+    surrogates = build(theta, x).eval()
+    assert (surrogates.outputs.spacing > 0).tolist() == [True, False]
+    for k in range(len(surrogates)):
+        weights = torch.zeros(len(surrogates))
+        weights[k] = 1.0
+        drawn = surrogates.sample(theta, x, weights)
+        assert drawn[0, 0].isnan()
+        low, high = x[1:].amin(0), x[1:].amax(0)
+        assert ((drawn[1:] >= low) & (drawn[1:] <= high)).all()
+        torch.testing.assert_close(drawn[1:, 0].frac(), torch.full((899,), 0.5))
+        # Those of flows that have not learnt are beyond it.
+        assert k == 3 or (drawn[1:] == low).any(1).float().mean() < 0.4
+        assert (drawn[1:, 1] != x[1:, 1]).float().mean() > 0.98

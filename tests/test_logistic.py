@@ -20,7 +20,7 @@ def simulations(num=500):
 
 
 def logits_of(regressions, features, z):
-    return regressions(features(z)).unflatten(-1, (3, 3))
+    return regressions(features(z)).unflatten(-1, (-1, 3))
 
 
 @pytest.mark.parametrize("num_missing", [0, 100])
@@ -76,3 +76,18 @@ def test_there_may_be_no_outputs():
     features = Features(z)
     regressions = LogisticRegressions(features, z, categories[:, :0], 1)
     assert regressions(features(z)).shape == (500, 0)
+
+
+def test_a_value_of_later_simulations_starts_as_rare():
+    """Beyond those that are fitted to, as one that half a simulation had."""
+    num = MAX_SIMULATIONS + 100
+    z = torch.randn(num, 1)
+    categories = torch.zeros(num, 2, dtype=torch.long)
+    categories[1::3, 0] = 1
+    categories[MAX_SIMULATIONS:] = 2
+    features = Features(z)
+    regressions = LogisticRegressions(features, z, categories, 3)
+    probabilities = logits_of(regressions, features, z).softmax(-1)
+    assert (probabilities[:, 0, 2] < 1e-4).all() and (probabilities[:, 0, 2] > 0).all()
+    assert probabilities[:, 0, 1].mean().item() == pytest.approx(1 / 3, abs=0.02)
+    assert (probabilities[:, 1, 0] > 0.999).all()
