@@ -25,6 +25,9 @@ from sbi_jeffreys.partition import (
 )
 
 LOG_TWO = math.log(2)
+# Parameters that are taken at once without gradients, if they are at several
+# conditions: beyond the cache they take nearly twice as long.
+MAX_AT_ONCE = 16_384
 
 
 class EnergyNet(nn.Module):
@@ -186,6 +189,15 @@ class ConditionalEnergy(nn.Module):
         Returns:
             Of shape `(sample_dim, batch_dim)`.
         """
+        num_conditions = max(1, MAX_AT_ONCE // len(theta))
+        if self.training or torch.is_grad_enabled() or num_conditions >= len(x):
+            return self._negative_energy(theta, x)
+        parts = zip(
+            theta.split(num_conditions, 1), x.split(num_conditions), strict=True
+        )
+        return torch.cat([self._negative_energy(*part) for part in parts], 1)
+
+    def _negative_energy(self, theta: Tensor, x: Tensor) -> Tensor:
         return self.net(theta, x)
 
     def log_unnormalized(self, theta: Tensor, x: Tensor) -> Tensor:

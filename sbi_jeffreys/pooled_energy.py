@@ -32,7 +32,7 @@ PRIOR_SIMULATIONS = 1.0
 
 
 class PooledEnergy(ConditionalEnergy):
-    r"""Energy-based model with the factors $e^f$ and $\ell_k$.
+    r"""Energy-based model with the negative energy $w_0 f + \sum_k w_k \log \ell_k$.
 
     Args:
         net: Network with `net(theta, x)` of shape `(sample_dim, batch_dim)`.
@@ -62,16 +62,7 @@ class PooledEnergy(ConditionalEnergy):
         self.weights.zero_()
         self.weights[0] = 1.0
 
-    def forward(self, theta: Tensor, x: Tensor) -> Tensor:
-        r"""Return the negative energy $w_0 f + \sum_k w_k \log \ell_k$.
-
-        Args:
-            theta: Parameters of shape `(sample_dim, batch_dim, *input_shape)`.
-            x: Conditions of shape `(batch_dim, *condition_shape)`.
-
-        Returns:
-            Of shape `(sample_dim, batch_dim)`.
-        """
+    def _negative_energy(self, theta: Tensor, x: Tensor) -> Tensor:
         of_net, *of_likelihoods = self.weights.tolist()
         f = theta.new_zeros(theta.shape[:2])
         if of_net > 0:

@@ -45,8 +45,9 @@ NUM_PROXY_SAMPLES = 16
 NUM_POOLED_PROXY_SAMPLES = 8
 NUM_MOVES = 8
 NUM_VALIDATION_PROXY_SAMPLES = 16
-# Samples that are drawn, or taken by the proxy, at once, which bounds the memory.
-MAX_SAMPLES_AT_ONCE = 32_768
+# Samples that are drawn, or taken by the proxy, at once: of more, the networks' hidden
+# units are beyond the cache.
+MAX_SAMPLES_AT_ONCE = 16_384
 
 Models = Tuple[ConditionalDensityEstimator, ConditionalEnergy]
 #: Which simulations a set is of.

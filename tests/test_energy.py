@@ -358,3 +358,29 @@ def test_two_proxies_of_a_builder_share_nothing():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         energy_nn(**kwargs)
+
+
+@pytest.mark.parametrize("likelihood", ["auto", "none"])
+def test_without_gradients_it_is_the_same_part_by_part(likelihood, monkeypatch):
+    proxy = randomize(build(likelihood=likelihood))
+    if likelihood == "auto":
+        proxy.weights.fill_(0.5)
+    theta, x = simulations(50)
+    points = theta + torch.randn(40, 50, 2)
+    whole = proxy(points, x).detach()
+    at_once = []
+    inner = type(proxy)._negative_energy
+
+    def count(self, theta, x):
+        at_once.append(theta.shape[:2].numel())
+        return inner(self, theta, x)
+
+    monkeypatch.setattr(type(proxy), "_negative_energy", count)
+    monkeypatch.setattr("sbi_jeffreys.energy.MAX_AT_ONCE", 300)
+    with torch.no_grad():
+        torch.testing.assert_close(proxy(points, x), whole)
+        assert at_once == [280] * 7 + [40]
+        # At one condition there is nothing to split.
+        torch.testing.assert_close(proxy(points[:, :1], x[:1]), whole[:, :1])
+    proxy(points, x)
+    assert at_once[8:] == [40, 2000]
