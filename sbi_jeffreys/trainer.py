@@ -132,6 +132,10 @@ NUM_AVERAGED_EPOCHS = 5
 # Of a flow that learns from a proxy with surrogates of the likelihood: samples of the
 # proxy are more than simulations, and their steps go on for long.
 NUM_POOLED_AVERAGED_STEPS = 100
+# Share of the flow's samples outside the prior above which another flow follows the
+# proxy, and the name under which `_best` holds that one.
+MAX_LEAKAGE = 0.2
+LAST_CANDIDATE = "last candidate"
 # `_best` holds surrogates of the likelihood under this name and their index.
 LIKELIHOOD_PREFIX = "likelihood "
 # Times in a row that an epoch is tried again after it turned NaN or infinite.
@@ -1243,6 +1247,7 @@ class JeffreysNPE(NPE):
             self._keep_best("flow", val_loss + self._proxy_share * distance, val_loss)
             if val_loss < self._best_of_candidate[0]:
                 self._best_of_candidate = (val_loss, self.epoch)
+                self._keep_candidate(val_loss)
         for name, value in zip(
             DUAL_METRICS, self._weights.dual_variables.tolist(), strict=True
         ):
@@ -1313,7 +1318,6 @@ class JeffreysNPE(NPE):
         self._losses.forget_standing()
         self._is_new = False
         self.optimizer.state.clear()
-        self._average.restart(self._num_averaged_steps)
         proxy = self._estimator.proxy
         if following is Stage.PROXY and isinstance(proxy, PooledEnergy):
             proxy.reset_weights()  # its network learns by itself
@@ -1325,6 +1329,9 @@ class JeffreysNPE(NPE):
             self._proxy_share = self._weights.flow_share
             if self._proxy_share > 0:  # else the flows are compared as before
                 del self._best["flow"]
+                if self._has_likelihoods:
+                    self._return_to_last_candidate()
+        self._average.restart(self._num_averaged_steps)
 
     def _fit_scale_of_flow(self) -> None:
         """Let the best flow be as wide as validation simulations ask it to be."""
@@ -1418,6 +1425,38 @@ class JeffreysNPE(NPE):
         flow.active = index
         self._candidate_start = self.epoch
         self._best_of_candidate = (math.inf, self.epoch - 1)
+
+    def _keep_candidate(self, loss: float) -> None:
+        """Keep the flow's candidate at its best, the last being one to come back to."""
+        flow = self._estimator.flow
+        if self._candidate is None or not isinstance(flow, FlowCandidates):
+            return
+        if flow.active == len(flow) - 1:
+            state = copy_of_state(flow.flow)
+            self._best[LAST_CANDIDATE] = Best(loss, self.epoch, state, loss)
+
+    def _return_to_last_candidate(self) -> None:
+        """Let the last candidate follow the proxy where the best leaves the prior.
+
+        Residual coordinates move the bounds of the prior with the outputs, and no flow
+        of them ends there. The last candidate has none; from simulations alone it
+        learns more slowly.
+        """
+        flow, last = self._estimator.flow, self._best.pop(LAST_CANDIDATE, None)
+        if last is None or not isinstance(flow, FlowCandidates):
+            return
+        if self._leakage() > MAX_LEAKAGE:
+            flow.active = len(flow) - 1
+            flow.flow.load_state_dict(last.state)
+
+    def _leakage(self) -> float:
+        """Return the share of the flow's samples outside the prior's support."""
+        if "validation" not in self._samples.proposals:
+            return 0.0
+        proposals = self._samples.proposals["validation"]
+        theta = proposals.theta[: len(proposals.log_ratio)]
+        is_outside = self._estimator.proxy.base.log_prob(theta).isneginf()
+        return is_outside.double().mean().item()
 
     def _start_next_candidate(self) -> bool:
         """Let the flow's next candidate learn, and return whether there is one."""

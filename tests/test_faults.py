@@ -475,7 +475,8 @@ def poisoned_likelihood(index, times):
                 return output * math.nan
             return output
 
-        member.register_forward_hook(poison)
+        # Of all that a surrogate says the hidden units are the source.
+        getattr(member, "hidden", member).register_forward_hook(poison)
         return proxy
 
     return build_poisoned

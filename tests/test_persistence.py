@@ -859,9 +859,9 @@ def test_another_version(saved, tmp_path):
     # version 5 energies without a bound; version 6 saw all outputs; version 7 had flows
     # without a scale, and version 8 normal scores of standard scores; version 9 did not
     # say the preset; version 10 had no correlated surrogates, and version 11 no outputs
-    # that they imagine.
-    assert persistence.FORMAT_VERSION == 12
-    for version in (13, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, None):
+    # that they imagine; those of version 12 had no bounds.
+    assert persistence.FORMAT_VERSION == 13
+    for version in (14, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, None):
         torch.save({**content, "version": version, "written_by": "9.9.9"}, path)
         assert_refused(path, f"format version {version}.*sbi_jeffreys 9.9.9")
 
