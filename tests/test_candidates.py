@@ -37,6 +37,7 @@ from sbi_jeffreys import (
 from sbi_jeffreys.candidates import FlowCandidates, build_candidates
 from sbi_jeffreys.energy import EnergyNet
 from sbi_jeffreys.flow import check_has_rsample, rsample_and_log_prob
+from sbi_jeffreys.objective import Proposals
 from sbi_jeffreys.residual_flow import ResidualFlow
 
 pytestmark = pytest.mark.filterwarnings(
@@ -282,6 +283,43 @@ def test_candidates_learn_one_after_the_other():
     assert equal(epochs[9][1][kept], epochs[best][2][kept])
     assert losses[9:27] == pytest.approx([losses[best]] * 18)
     assert_epochs_are_finite(inference.summary)
+
+
+@pytest.mark.usefixtures("without_averaging")
+@pytest.mark.parametrize("leakage", [0.1, 0.3])
+def test_the_last_follows_the_proxy_where_the_best_leaves_the_prior(
+    leakage, monkeypatch
+):
+    inference = make(of(gaussian, small("maf")))
+    monkeypatch.setattr(inference, "_leakage", lambda: leakage)
+    epochs = record(inference)
+    train(inference, 33, simulate(150), stop_after_epochs=100)
+    stages = ["flow"] * 8 + ["likelihood"] * 8 + ["proxy"] * 8 + ["distillation"] * 9
+    assert inference.summary["stage"] == stages
+    losses = inference.summary["validation_loss"][:8]
+    assert min(losses[:4]) < min(losses[4:])  # the first is the best
+    assert inference._proxy_share > 0
+    follows = int(leakage > 0.2)
+    assert [active for active, _, _ in epochs[8:]] == [0] * 16 + [follows] * 9
+    # As it was at its best.
+    best_of_last = 4 + losses[4:].index(min(losses[4:]))
+    starts_from = epochs[24][1][1]
+    assert equal(starts_from, epochs[best_of_last][2][1]) == bool(follows)
+    assert inference._neural_net.flow.active == follows
+
+
+def test_leakage_is_the_share_of_samples_outside_the_prior():
+    inference = make()
+    train(inference, 3, simulate(150))
+    inference._samples.proposals.clear()
+    assert inference._leakage() == 0.0  # nothing is known
+    theta = PRIOR.sample((10, 15))
+    theta[:4, :, 0] = 1e3
+    theta[8:] = 1e3  # the reference's do not count
+    weights = torch.zeros(10, 15)
+    proposals = Proposals(theta, weights, weights[:8])
+    inference._samples.proposals["validation"] = proposals
+    assert inference._leakage() == 0.5
 
 
 def test_a_candidate_that_no_longer_improves_makes_room():
