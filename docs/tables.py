@@ -18,6 +18,8 @@ UNSCREENED = REPORTS / "unscreened_1000/results.csv"
 UNSCALED = REPORTS / "unscaled_1000/results.csv"
 # The default before residuals were those of a regression without the simulation itself.
 IN_SAMPLE = REPORTS / "in_sample_1000/results.csv"
+# The default before outputs had scales of their own and surrogates imagined others.
+NORMAL_SCORES = REPORTS / "normal_scores_1000/results.csv"
 NETWORK = REPORTS / "network_1000/results.csv"
 PRESETS = REPORTS / "presets_1000/rows.csv"
 CALIBRATION = REPORTS / "calibration_1000"
@@ -280,8 +282,14 @@ def scale() -> str:
 
 def held_out() -> str:
     """Return C2ST with residuals of a regression without the simulation, and of all."""
-    both = _now_and_before(scores(read(BENCHMARK)), scores(read(IN_SAMPLE)))
+    both = _now_and_before(scores(read(NORMAL_SCORES)), scores(read(IN_SAMPLE)))
     return _beside(both, NOW_AND_BEFORE, "in sample")
+
+
+def own_scales() -> str:
+    """Return C2ST with scales of the outputs and imagined outputs, and before both."""
+    both = _now_and_before(scores(read(BENCHMARK)), scores(read(NORMAL_SCORES)))
+    return _beside(both, NOW_AND_BEFORE, "before")
 
 
 def _beside(values: Scores, pairs: Pairs, of_the_other: str) -> str:
@@ -466,6 +474,7 @@ def substitutions() -> dict[str, str]:
         "screening_table": screening(),
         "scale_table": scale(),
         "held_out_table": held_out(),
+        "own_scales_table": own_scales(),
         "surrogate_loss_table": surrogate_losses(),
         "calibration_loss_table": calibration_losses(),
         "calibration_table": calibration(),
