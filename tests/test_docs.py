@@ -893,6 +893,29 @@ def test_the_report_of_imagined_outputs_is_what_the_rows_say():
     assert_has_table_of_losses(folder)
 
 
+def test_the_flow_that_ends_where_the_prior_ends_is_where_the_pages_say(c2st):
+    folder = REPORTS / "leakage_1000"
+    key = ["task", "seed", "observation"]
+    now, before = (
+        pd.read_csv(folder / f"{name}.csv").pivot_table("c2st", key, "method")
+        for name in ("results", "results_before")
+    )
+    assert now.index.equals(before.index) and len(now) == 30
+    # They are rows of the benchmark's.
+    pd.testing.assert_frame_equal(c2st.loc[now.index, list(now)], now)
+    means, of_before = now.mean(), before.mean()
+    assert (
+        f"| gaussian_linear_uniform | 3 | {means['jeffreys']:.3f} | "
+        f"{of_before['jeffreys']:.3f} | {means['jeffreys_refined']:.3f} | "
+        f"{of_before['jeffreys_refined']:.3f} |"
+    ) in text_of(folder / "report.md")
+    comparison = pd.read_csv(folder / "comparison.csv")
+    assert len(comparison) == 8 and (comparison["verdict"] != "worse").all()
+    assert "today's flow is worse than neither on gaussian_linear_uniform" in text_of(
+        "README.md"
+    )
+
+
 def test_c2st_agrees_with_scikit_learns_as_the_page_says():
     rows = pd.read_csv(REPORTS / "c2st_accuracy/rows.csv")
     differences = np.stack([rows[f"ours_{s}"] - rows[f"sklearn_{s}"] for s in (1, 2)])

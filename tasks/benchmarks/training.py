@@ -45,7 +45,6 @@ from sbi_jeffreys.autoregressive import invert_in_one_pass
 from sbi_jeffreys.averaging import WeightAverage
 from sbi_jeffreys.energy import ConditionalEnergy
 from sbi_jeffreys.likelihood import SurrogateLikelihoods
-from sbi_jeffreys.pooled_energy import PooledEnergy
 from sbi_jeffreys.residual_flow import ResidualFlow
 from sbi_jeffreys.spline import evaluate_one_bin
 from sbi_jeffreys.stages import Stage
@@ -159,9 +158,8 @@ class ProfiledJeffreysNPE(JeffreysNPE):
                 (refinement, "rsample_and_log_prob", "inversion"),
                 (ResidualFlow, "log_prob", "densities"),
                 (ConditionalEnergy, "forward", "proxy", "judged"),
-                (PooledEnergy, "forward", "proxy", "judged"),
                 (SurrogateLikelihoods, "forward", "likelihoods"),
-                (SurrogateLikelihoods, "loss", "likelihoods"),
+                (SurrogateLikelihoods, "losses", "likelihoods"),
                 (torch.Tensor, "backward", "backward"),
                 (torch.autograd, "grad", "backward"),
                 (ProfiledJeffreysNPE, "_step", "step"),  # less the gradients in it
