@@ -24,7 +24,8 @@ class Stage(Enum):
       the flow then lowers $\mathrm{KL}(q \Vert p)$ alone, at outputs that the
       surrogates imagine, too, where there are few simulations
       (`sbi_jeffreys.losses.NUM_CONDITIONS`), for 800 steps or fifty epochs, whichever
-      are more.
+      are more. Where more than a fifth of its samples lie outside the prior, the last
+      candidate takes its place (`sbi_jeffreys.candidates`).
 
     The preset `"fast"` ends with the proxy.
 

@@ -1445,7 +1445,7 @@ class JeffreysNPE(NPE):
         flow, last = self._estimator.flow, self._best.pop(LAST_CANDIDATE, None)
         if last is None or not isinstance(flow, FlowCandidates):
             return
-        if self._leakage() > MAX_LEAKAGE:
+        if flow.active < len(flow) - 1 and self._leakage() > MAX_LEAKAGE:
             flow.active = len(flow) - 1
             flow.flow.load_state_dict(last.state)
 
