@@ -190,6 +190,9 @@ def test_the_figures_of_fewer_simulations_are_those_of_their_report(site, c2st):
     cells = (f"{of_npe[peer].mean():.3f}" for peer in BENCHMARKED)
     row = f"| **{refined.mean():.3f}** | {' | '.join(cells)} |"
     assert row in line_of_readme("| 300, **one seed**")
+    of_1000 = c2st[["jeffreys_refined", *BENCHMARKED]].groupby("task").mean().mean()
+    us, *peers = (f"{value:.3f}" for value in of_1000)
+    assert f"| **{us}** | {' | '.join(peers)} |" in line_of_readme("| 1,000, ")
 
 
 def test_the_figures_of_more_simulations_are_those_of_their_report(site):
@@ -804,6 +807,18 @@ def test_the_page_on_trust_says_what_the_rows_of_the_alarms_say():
     noisy = rows.xs("noisy", level="kind")["objected"]
     assert noisy["slcp"] == noisy[~everywhere].min() and noisy["sir"] == 1
     assert f"objects to {noisy['slcp']:.0%} of".replace("%", " %") in page
+
+
+def test_how_long_trainings_took_and_how_poor_the_worst_are_is_said(c2st):
+    rows = pd.read_csv(REPORTS / "against_npe_1000/results.csv")
+    ours = rows[rows["method"] == "jeffreys"].groupby(["task", "seed"])
+    seconds = ours["training_seconds"].first()
+    took = f"took {seconds.min():.0f} to {seconds.max():.0f} s"
+    assert f"{took}, {seconds.median():.0f} in the median" in text_of("README.md")
+    assert f"{took}, each on one of two busy" in text_of("docs/get_started.md")
+    poor = ["slcp", "slcp_distractors", "lotka_volterra"]
+    assert (c2st.groupby("task").mean().loc[poor] > 0.84).all(axis=None)
+    assert "above 0.84: after 1,000" in text_of("docs/when_not_to_use.md")
 
 
 def test_what_is_said_of_the_scale_is_what_the_rows_say():
