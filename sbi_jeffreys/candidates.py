@@ -54,6 +54,11 @@ class FlowCandidates(ConditionalDensityEstimator):
         return cast(ConditionalDensityEstimator, candidate)
 
     @property
+    def last(self) -> ConditionalDensityEstimator:
+        """The last candidate."""
+        return cast(ConditionalDensityEstimator, cast(nn.ModuleList, self.net)[-1])
+
+    @property
     def embedding_net(self) -> Optional[nn.Module]:
         """Return the embedding network of the active candidate."""
         return self.flow.embedding_net

@@ -25,7 +25,7 @@ from sbi_jeffreys.partition import (
 )
 
 LOG_TWO = math.log(2)
-# Parameters that are taken at once without gradients, if they are at several
+# Parameters that are drawn, or taken without gradients, at once, if they are at several
 # conditions: beyond the cache they take nearly twice as long.
 MAX_AT_ONCE = 16_384
 

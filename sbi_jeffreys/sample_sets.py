@@ -13,7 +13,7 @@ import torch
 from sbi.neural_nets.estimators import ConditionalDensityEstimator
 from torch import Tensor
 
-from sbi_jeffreys.energy import ConditionalEnergy
+from sbi_jeffreys.energy import MAX_AT_ONCE, ConditionalEnergy
 from sbi_jeffreys.objective import (
     JeffreysObjective,
     Proposals,
@@ -45,9 +45,6 @@ NUM_PROXY_SAMPLES = 16
 NUM_POOLED_PROXY_SAMPLES = 8
 NUM_MOVES = 8
 NUM_VALIDATION_PROXY_SAMPLES = 16
-# Samples that are drawn, or taken by the proxy, at once: of more, the networks' hidden
-# units are beyond the cache.
-MAX_SAMPLES_AT_ONCE = 16_384
 
 Models = Tuple[ConditionalDensityEstimator, ConditionalEnergy]
 #: Which simulations a set is of.
@@ -168,7 +165,7 @@ class SampleSets:
         objective = self._objective
         num_samples = objective.num_flow_samples + objective.num_reference_samples
         multiple = min(multiple, max(1, MAX_POOL_SIZE // (num_samples * len(x))))
-        num_conditions = max(1, MAX_SAMPLES_AT_ONCE // (multiple * num_samples))
+        num_conditions = max(1, MAX_AT_ONCE // (multiple * num_samples))
         parts = (
             objective.propose(*models, chunk.to(self._device), multiple)
             for chunk in x.split(num_conditions)
@@ -202,7 +199,7 @@ class SampleSets:
         if proposals is None:
             multiple = VALIDATION_MULTIPLE if validates else DISTILLATION_MULTIPLE
             proposals = self.draw_proposals(models, x, multiple)
-        num_conditions = max(1, MAX_SAMPLES_AT_ONCE // len(proposals.theta))
+        num_conditions = max(1, MAX_AT_ONCE // len(proposals.theta))
         parts = (
             self._objective.sample_proxy(
                 proxy, x[index].to(self._device), proposals.at(index), num, num_moves

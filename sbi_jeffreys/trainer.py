@@ -1247,7 +1247,8 @@ class JeffreysNPE(NPE):
             self._keep_best("flow", val_loss + self._proxy_share * distance, val_loss)
             if val_loss < self._best_of_candidate[0]:
                 self._best_of_candidate = (val_loss, self.epoch)
-                self._keep_candidate(val_loss)
+                if self._is_last_candidate:
+                    self._keep_best(LAST_CANDIDATE, val_loss, val_loss)
         for name, value in zip(
             DUAL_METRICS, self._weights.dual_variables.tolist(), strict=True
         ):
@@ -1265,6 +1266,10 @@ class JeffreysNPE(NPE):
         """Return the model that `_best` has under this name."""
         if name in ("flow", "proxy"):
             return getattr(self._estimator, name)
+        if name == LAST_CANDIDATE:
+            flow = self._estimator.flow
+            assert isinstance(flow, FlowCandidates)
+            return flow.last
         likelihoods = self._estimator.likelihoods
         assert likelihoods is not None
         return likelihoods.members[int(name.removeprefix(LIKELIHOOD_PREFIX))]
@@ -1426,14 +1431,13 @@ class JeffreysNPE(NPE):
         self._candidate_start = self.epoch
         self._best_of_candidate = (math.inf, self.epoch - 1)
 
-    def _keep_candidate(self, loss: float) -> None:
-        """Keep the flow's candidate at its best, the last being one to come back to."""
+    @property
+    def _is_last_candidate(self) -> bool:
+        """Whether the flow's last candidate learns, and may have to follow a proxy."""
         flow = self._estimator.flow
-        if self._candidate is None or not isinstance(flow, FlowCandidates):
-            return
-        if flow.active == len(flow) - 1:
-            state = copy_of_state(flow.flow)
-            self._best[LAST_CANDIDATE] = Best(loss, self.epoch, state, loss)
+        follows = self._has_likelihoods and Stage.DISTILLATION in self._stages
+        is_last = isinstance(flow, FlowCandidates) and flow.flow is flow.last
+        return self._candidate is not None and is_last and follows
 
     def _return_to_last_candidate(self) -> None:
         """Let the last candidate follow the proxy where the best leaves the prior.
@@ -1442,12 +1446,12 @@ class JeffreysNPE(NPE):
         of them ends there. The last candidate has none; from simulations alone it
         learns more slowly.
         """
-        flow, last = self._estimator.flow, self._best.pop(LAST_CANDIDATE, None)
-        if last is None or not isinstance(flow, FlowCandidates):
+        flow, best = self._estimator.flow, self._best.pop(LAST_CANDIDATE, None)
+        if best is None or not isinstance(flow, FlowCandidates):
             return
-        if flow.active < len(flow) - 1 and self._leakage() > MAX_LEAKAGE:
+        if flow.flow is not flow.last and self._leakage() > MAX_LEAKAGE:
             flow.active = len(flow) - 1
-            flow.flow.load_state_dict(last.state)
+            flow.last.load_state_dict(best.state)
 
     def _leakage(self) -> float:
         """Return the share of the flow's samples outside the prior's support."""
