@@ -271,9 +271,9 @@ def test_correlated_scores_turn_with_the_parameters():
     for _ in range(8):
         surrogates.train()
         for batch in torch.randperm(len(theta)).split(200):
-            losses = list(surrogates.losses(theta[batch], x[batch], [0, 2]))
+            losses = surrogates.losses(theta[batch], x[batch], [0, 2])
             optimizer.zero_grad()
-            torch.stack(losses).sum(0).mean().backward()
+            losses.sum(0).mean().backward()
             optimizer.step()
     with torch.no_grad():
         log_l = surrogates.eval()(pair, outputs, [0, 2])
@@ -900,9 +900,9 @@ def test_trained_it_is_near_the_likelihood_of_a_nonlinear_task():
     for _ in range(8):
         surrogates.train()
         for batch in torch.randperm(len(theta)).split(200):
-            losses = list(surrogates.losses(theta[batch], x[batch], range(4)))
+            losses = surrogates.losses(theta[batch], x[batch], range(4))
             optimizer.zero_grad()
-            torch.stack(losses).sum(0).mean().backward()
+            losses.sum(0).mean().backward()
             optimizer.step()
     # What is left is their own, of few epochs: they err by a third of the difference.
     assert (errors() < 0.6 * before).all()
